@@ -1,0 +1,180 @@
+"""Preference optimization as an object: token tensors in, metrics out, for any torch module.
+
+Nothing here knows texts, files or run directories. See `penchant.train` for whole runs.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+import torch
+from jaxtyping import Bool, Float, Int
+from torch import Tensor, nn
+
+from penchant.layouts import padded
+from penchant.losses import DPOLoss, IPOLoss, PairLoss, preference_accuracy
+from penchant.models.logps import token_logps
+from penchant.scoring.reference import pair_logps
+from penchant.types import Batch, PairLogps, TokenizedPair
+
+
+class PairAlgorithm:
+    """Trains a policy on pairs of token tensors with any loss over pairs.
+
+    Args:
+        model: the policy: any module that maps token ids (rows, T) to logits (rows, T, V), or to an object with
+            `.logits`, causally (a position sees itself and what stands before it).
+        ref_model: the reference, same token ids; it is put into evaluation mode and never changed. None for losses
+            without a reference.
+        loss: the loss; `self.loss` afterwards.
+        learning_rate: of the AdamW optimizer (no weight decay) that is made here; ignored when `optimizer` is given.
+        max_grad_norm: gradients are scaled down to this norm.
+        pad_token_id: id that fills ragged rows up, on the left or on the right. None: rows are full, or masks are
+            given to `train_step`.
+        optimizer: an optimizer over the policy's parameters, instead of AdamW.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        ref_model: nn.Module | None,
+        loss: PairLoss,
+        learning_rate: float = 5e-7,
+        max_grad_norm: float = 1.0,
+        pad_token_id: int | None = None,
+        optimizer: torch.optim.Optimizer | None = None,
+    ) -> None:
+        if loss.needs_reference and ref_model is None:
+            raise ValueError(f"the loss '{loss.name}' compares with a reference: give ref_model")
+        if ref_model is model:
+            raise ValueError("ref_model is the policy itself and would move with it: give copy.deepcopy(model)")
+        self.model = model
+        self.ref_model = ref_model
+        self.loss = loss
+        self.max_grad_norm = max_grad_norm
+        self.pad_token_id = pad_token_id
+        self.optimizer = optimizer or torch.optim.AdamW(
+            _trainable(model.parameters()), lr=learning_rate, weight_decay=0.0
+        )
+        if ref_model is not None:
+            ref_model.eval()
+
+    def train_step(
+        self,
+        prompt: Int[Tensor, "B P"],
+        chosen: Int[Tensor, "B C"],
+        rejected: Int[Tensor, "B R"],
+        prompt_mask: Bool[Tensor, "B P"] | None = None,
+        chosen_mask: Bool[Tensor, "B C"] | None = None,
+        rejected_mask: Bool[Tensor, "B R"] | None = None,
+    ) -> dict[str, float]:
+        """One optimizer step on B pairs.
+
+        Masks are true where a token is real; without them the runs of `pad_token_id` at either end of a row are
+        padding. Where the pad id is also a real token (an end token, say), give masks.
+
+        Returns:
+            `loss`, `chosen_reward`, `rejected_reward`, `accuracy` (share of pairs whose chosen reward is the higher,
+            ties counting half), `margin` (chosen less rejected reward): means over the pairs before the step; and
+            `grad_norm` before clipping.
+
+        Raises:
+            FloatingPointError: the loss or the gradient is not finite; the weights are left as they were.
+        """
+        logps = self.score(prompt, chosen, rejected, prompt_mask, chosen_mask, rejected_mask)
+        losses = self.loss(logps)
+        self.optimizer.zero_grad(set_to_none=True)
+        losses.mean().backward()
+        grad_norm = nn.utils.clip_grad_norm_(_trainable(self.model.parameters()), self.max_grad_norm)
+        if not (torch.isfinite(losses).all() and torch.isfinite(grad_norm)):
+            self.optimizer.zero_grad(set_to_none=True)
+            raise FloatingPointError("the loss or its gradient is not finite; the step was not taken")
+        self.optimizer.step()
+
+        with torch.no_grad():
+            chosen_rewards, rejected_rewards = self.loss.rewards(logps)
+        return {
+            "loss": losses.mean().item(),
+            "chosen_reward": chosen_rewards.mean().item(),
+            "rejected_reward": rejected_rewards.mean().item(),
+            "accuracy": preference_accuracy(chosen_rewards, rejected_rewards).mean().item(),
+            "margin": (chosen_rewards - rejected_rewards).mean().item(),
+            "grad_norm": grad_norm.item(),
+        }
+
+    def score(
+        self,
+        prompt: Int[Tensor, "B P"],
+        chosen: Int[Tensor, "B C"],
+        rejected: Int[Tensor, "B R"],
+        prompt_mask: Bool[Tensor, "B P"] | None = None,
+        chosen_mask: Bool[Tensor, "B C"] | None = None,
+        rejected_mask: Bool[Tensor, "B R"] | None = None,
+    ) -> PairLogps:
+        """Log-probabilities of B pairs under policy (with gradient) and reference (without)."""
+        columns = [
+            self._rows(prompt, prompt_mask),
+            self._rows(chosen, chosen_mask),
+            self._rows(rejected, rejected_mask),
+        ]
+        pairs = [TokenizedPair(*row, index=index) for index, row in enumerate(zip(*columns, strict=True))]
+        batch = padded.collate(pairs).to(next(self.model.parameters()).device)
+        policy_logps = token_logps(self.model, batch).logps
+        return pair_logps(batch, policy_logps, self._ref_logps(batch))
+
+    @torch.no_grad()
+    def _ref_logps(self, batch: Batch) -> Float[Tensor, " M"] | None:
+        if self.ref_model is None:
+            return None
+        ref_device = next(self.ref_model.parameters()).device
+        return token_logps(self.ref_model, batch.to(ref_device)).logps.to(batch.target_ids.device)
+
+    def _rows(self, ids: Int[Tensor, "B T"], mask: Bool[Tensor, "B T"] | None) -> list[list[int]]:
+        """The real tokens of each row."""
+        if mask is None and self.pad_token_id is not None:
+            is_real = ids != self.pad_token_id
+            # Real from the first real token to the last one: a pad id between two tokens is a token.
+            mask = (is_real.cumsum(-1) > 0) & (is_real.flip(-1).cumsum(-1).flip(-1) > 0)
+        if mask is None:
+            return ids.tolist()
+        return [row[kept.bool()].tolist() for row, kept in zip(ids, mask, strict=True)]
+
+
+class DPO(PairAlgorithm):
+    """Direct Preference Optimization on token tensors; see `DPOLoss` for the equation."""
+
+    def __init__(
+        self,
+        model: nn.Module,
+        ref_model: nn.Module,
+        beta: float = 0.1,
+        learning_rate: float = 5e-7,
+        max_grad_norm: float = 1.0,
+        label_smoothing: float = 0.0,
+        pad_token_id: int | None = None,
+        optimizer: torch.optim.Optimizer | None = None,
+    ) -> None:
+        loss = DPOLoss(beta=beta, label_smoothing=label_smoothing)
+        super().__init__(model, ref_model, loss, learning_rate, max_grad_norm, pad_token_id, optimizer)
+
+
+class IPO(PairAlgorithm):
+    """Identity Preference Optimization on token tensors; see `IPOLoss` for the equation."""
+
+    def __init__(
+        self,
+        model: nn.Module,
+        ref_model: nn.Module,
+        beta: float = 0.1,
+        learning_rate: float = 5e-7,
+        max_grad_norm: float = 1.0,
+        length_normalize: bool = True,
+        pad_token_id: int | None = None,
+        optimizer: torch.optim.Optimizer | None = None,
+    ) -> None:
+        loss = IPOLoss(beta=beta, length_normalize=length_normalize)
+        super().__init__(model, ref_model, loss, learning_rate, max_grad_norm, pad_token_id, optimizer)
+
+
+def _trainable(parameters: Iterable[nn.Parameter]) -> list[nn.Parameter]:
+    return [parameter for parameter in parameters if parameter.requires_grad]

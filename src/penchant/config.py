@@ -1,0 +1,245 @@
+"""Every knob of a run, on one page: YAML in, YAML out.
+
+This room imports no torch, so that help and errors in a run file come at once. The settings under `loss` are the
+fields of the chosen loss and are checked when the loss is built (`penchant methods` lists them).
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any, Literal
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+
+from penchant.errors import UserError, nearest
+
+METHODS: dict[str, dict[str, Any]] = {
+    "dpo": {"name": "dpo"},
+    "cdpo": {"name": "dpo", "label_smoothing": 0.1},
+    "ipo": {"name": "ipo"},
+}
+"""What one word on the command line stands for: the settings of `loss` that a method begins with."""
+
+
+class _Section(BaseModel):
+    model_config = ConfigDict(extra="forbid", use_attribute_docstrings=True, validate_default=True)
+
+
+class LoraConfig(_Section):
+    """Low-rank adapters instead of full weights (needs little memory; the base model is the reference)."""
+
+    rank: int = Field(default=0, ge=0)
+    """Rank of the LoRA adapter; 0 trains all weights."""
+    alpha: int | None = Field(default=None, gt=0)
+    """Scale of the adapter is alpha / rank; default: twice the rank."""
+    target_modules: str | list[str] = "all-linear"
+    """Which layers get an adapter: all-linear, or a list of module names."""
+
+
+class ReferenceConfig(_Section):
+    """Where the reference's log-probabilities come from."""
+
+    kind: Literal["auto", "precomputed", "copy", "adapter_off", "model"] = "auto"
+    """auto: adapter_off with LoRA, else precomputed (one pass before training, no second model in memory);
+    copy: a frozen copy of the starting weights; model: the one that reference.model names, kept beside the policy."""
+    model: str | None = None
+    """Another model as the reference: folder, hub id or .gguf file. It must share the policy's tokenizer."""
+    offload: bool = False
+    """Keep the frozen reference in host memory and move it to the device once a step."""
+
+
+class RunConfig(_Section):
+    """A whole run. Only `model` and `data` have no default."""
+
+    model: str
+    """The model to train: a local folder, a hub id or a .gguf file."""
+    data: str
+    """Preference pairs: a .jsonl or .json file, also .gz; the kind of rows is recognised."""
+    eval_data: str | None = None
+    """Held-out pairs. Without it, eval_size of the pairs in data are held out."""
+    eval_size: float = Field(default=0.05, ge=0)
+    """Held out from data when there is no eval_data: a share below 1, or a number of pairs; 0 holds out none."""
+    output_dir: str | None = None
+    """The run directory; default: runs/MODEL-METHOD, numbered when taken."""
+    method: str = "dpo"
+    """The method, one word: dpo, cdpo, ipo."""
+    loss: dict[str, Any] = Field(default_factory=dict)
+    """Settings of the loss, on top of the method's: name, beta, label_smoothing, ... (see: penchant methods)."""
+
+    learning_rate: float | None = Field(default=None, gt=0)
+    """Peak learning rate of AdamW; default 5e-7, with LoRA 5e-6."""
+    batch_size: int = Field(default=32, ge=1)
+    """Pairs per optimizer step, over all processes."""
+    num_train_epochs: float = Field(default=1.0, gt=0)
+    """Passes over the training pairs."""
+    max_steps: int | None = Field(default=None, ge=1)
+    """Stop after this many optimizer steps, whatever num_train_epochs says."""
+    warmup_ratio: float = Field(default=0.1, ge=0, le=1)
+    """Share of the steps over which the learning rate rises from 0."""
+    lr_scheduler: Literal["linear", "cosine", "constant"] = "linear"
+    """How the learning rate falls to 0 after the warm-up (constant: it does not)."""
+    weight_decay: float = Field(default=0.0, ge=0)
+    """Decoupled weight decay of AdamW, on matrices only."""
+    max_grad_norm: float = Field(default=1.0, gt=0)
+    """Gradients are scaled down to this norm."""
+    seed: int = Field(default=0, ge=0)
+    """Decides the order of the pairs, the held-out split and the adapter's first weights."""
+
+    max_length: int = Field(default=1024, ge=2)
+    """Most tokens of prompt and completion together."""
+    truncation: Literal["truncate", "drop", "error"] = "truncate"
+    """What happens to completions beyond max_length: both are cut at the same place, the pair is dropped, or stop."""
+    chat_template: str | None = None
+    """File with a Jinja chat template, instead of the tokenizer's own."""
+    max_bad_rows: float = Field(default=0.01, ge=0, le=1)
+    """Share of unusable rows above which the run does not start."""
+
+    lora: LoraConfig = Field(default_factory=LoraConfig)
+    reference: ReferenceConfig = Field(default_factory=ReferenceConfig)
+    device: str = "auto"
+    """auto, cpu, cuda, cuda:1, ..."""
+    dtype: Literal["auto", "float32", "bf16"] = "auto"
+    """Arithmetic: float32, or bf16 products over float32 weights; auto: bf16 where the hardware is fast at it."""
+    microbatch_tokens: int | None = Field(default=None, ge=1)
+    """Most tokens, filling included, computed at once; changes memory, never results. Default 1024, on a GPU 16384."""
+
+    logging_steps: int = Field(default=1, ge=1)
+    """Metrics are averaged and written every so many steps."""
+    eval_steps: int | None = Field(default=None, ge=1)
+    """Held-out evaluation every so many steps; default: four times in the run. Always before and after it."""
+    save_steps: int | None = Field(default=None, ge=1)
+    """Save the weights every so many steps (the newest two are kept); default: only the finished model."""
+    num_samples: int = Field(default=5, ge=0)
+    """Held-out prompts answered before and after training, for the report."""
+    sample_max_new_tokens: int = Field(default=128, ge=1)
+    """Longest sampled answer, in tokens."""
+
+    @model_validator(mode="after")
+    def _options_fit_together(self) -> RunConfig:
+        if self.method not in METHODS:
+            raise ValueError(f"method: there is no method '{self.method}'{nearest(self.method, METHODS)}")
+        if self.reference.kind == "adapter_off" and not self.lora.rank:
+            raise ValueError("reference.kind: adapter_off needs an adapter; set lora.rank")
+        if self.reference.kind == "model" and not self.reference.model:
+            raise ValueError("reference.kind: model needs reference.model")
+        if self.reference.model and self.reference.kind in ("copy", "adapter_off"):
+            raise ValueError(f"reference.model: has no effect with reference.kind {self.reference.kind}")
+        if self.reference.offload and self.reference.kind not in ("copy", "model"):
+            raise ValueError("reference.offload: only a reference of kind copy or model can be kept in host memory")
+        if not self.lora.rank and self.lora.model_fields_set - {"rank"}:
+            raise ValueError("lora: its settings have no effect without lora.rank")
+        if self.eval_data and "eval_size" in self.model_fields_set:
+            raise ValueError("eval_size: has no effect with eval_data")
+        return self
+
+    def loss_settings(self) -> dict[str, Any]:
+        """The loss as `build_loss` takes it: the method's settings, then the run's own."""
+        preset = METHODS[self.method]
+        if self.loss.get("name", preset["name"]) != preset["name"]:
+            return dict(self.loss)  # another loss than the method's: its fields would not fit
+        return {**preset, **self.loss}
+
+    def peak_learning_rate(self) -> float:
+        """`learning_rate`, or the field's default for full weights or LoRA."""
+        return self.learning_rate or (5e-6 if self.lora.rank else 5e-7)
+
+    def to_yaml(self) -> str:
+        """The run file that repeats this run."""
+        return yaml.safe_dump(self.model_dump(exclude_none=True), sort_keys=False, allow_unicode=True)
+
+
+def load_config(run_file: str | None, overrides: Mapping[str, Any]) -> RunConfig:
+    """The run that a run file and options (dotted names, as `loss.beta`) describe together; options win.
+
+    Raises:
+        UserError: no such file, not YAML, an unknown key (the nearest is named) or a value that does not fit.
+    """
+    settings = _read_run_file(run_file) if run_file else {}
+    for name, value in overrides.items():
+        _set_dotted(settings, name, value)
+    return config_from(settings)
+
+
+def config_from(settings: Mapping[str, Any]) -> RunConfig:
+    """The run that nested settings describe.
+
+    Raises:
+        UserError: an unknown key or a value that does not fit.
+    """
+    try:
+        return RunConfig.model_validate(dict(settings))
+    except ValidationError as error:
+        raise UserError("\n".join(_sentence(dict(problem)) for problem in error.errors())) from None
+
+
+def option_names() -> dict[str, str]:
+    """Every key of a run file by its dotted name, with its help; the losses' own settings are not among them."""
+    return dict(_options(RunConfig, ""))
+
+
+def parse_value(text: str) -> Any:
+    """A value from the command line, read as YAML reads it."""
+    return yaml.load(text, _Loader)
+
+
+class _Loader(yaml.SafeLoader):
+    """YAML that reads 5e-7 as a number and refuses a key given twice."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+        keys = [self.construct_object(key, deep=deep) for key, _ in node.value]
+        for key in keys:
+            if keys.count(key) > 1:
+                raise yaml.constructor.ConstructorError(None, None, f"the key '{key}' stands twice", node.start_mark)
+        return super().construct_mapping(node, deep)
+
+
+_Loader.add_implicit_resolver(
+    "tag:yaml.org,2002:float",
+    re.compile(r"^[-+]?(\d[\d_]*\.?\d*|\.\d+)[eE][-+]?\d+$"),
+    list("-+.0123456789"),
+)
+
+
+def _read_run_file(path: str) -> dict[str, Any]:
+    try:
+        settings = yaml.load(Path(path).read_text(encoding="utf-8"), _Loader)
+    except FileNotFoundError:
+        raise UserError(f"{path}: there is no such run file.") from None
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"{path}: cannot be read ({error}).") from None
+    except yaml.YAMLError as error:
+        raise UserError(f"{path}: is not YAML: {' '.join(str(error).split())}") from None
+    if not isinstance(settings, dict):
+        raise UserError(f"{path}: a run file is a list of 'key: value' lines; see `penchant train --help`.")
+    return settings
+
+
+def _set_dotted(settings: dict[str, Any], name: str, value: Any) -> None:
+    *sections, key = name.split(".")
+    for section in sections:
+        if not isinstance(settings.setdefault(section, {}), dict):
+            raise UserError(f"{name}: '{section}' is a value in the run file, not a section.")
+        settings = settings[section]
+    settings[key] = value
+
+
+def _options(section: type[BaseModel], prefix: str) -> Iterable[tuple[str, str]]:
+    for name, field in section.model_fields.items():
+        if isinstance(field.annotation, type) and issubclass(field.annotation, BaseModel):
+            yield from _options(field.annotation, f"{prefix}{name}.")
+        elif name != "loss":
+            yield f"{prefix}{name}", " ".join((field.description or "").split())
+
+
+def _sentence(problem: dict[str, Any]) -> str:
+    key = ".".join(str(part) for part in problem["loc"])
+    if problem["type"] == "extra_forbidden":
+        return f"{key}: there is no such setting{nearest(key, [*option_names(), 'loss'])}"
+    if problem["type"] == "missing":
+        return f"{key}: is missing; give it in the run file or as --{key}"
+    if problem["type"] == "value_error":
+        return str(problem["ctx"]["error"])
+    return f"{key}: {problem['msg'][0].lower()}{problem['msg'][1:]}, got {problem['input']!r}"

@@ -1,0 +1,1 @@
+"""From files of preferences to token ids: row families, chat templates, checks and the token store."""

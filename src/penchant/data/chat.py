@@ -1,0 +1,175 @@
+"""From texts to token ids: the chat template, the end of a turn, the length limit."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+from penchant.data.formats import RowProblem
+from penchant.errors import UserError
+from penchant.types import Pair, Text, TokenizedPair
+
+TOKEN_CHECKS = {
+    "T01": "the prompt alone fills max_length",
+    "T02": "the chat template refuses the messages",
+    "T03": "the rendered prompt does not begin the rendered conversation",
+    "T04": "longer than max_length",
+    "T05": "chosen and rejected are identical after the cut at max_length",
+}
+"""What can be wrong with a row once it is rendered and tokenised, by code."""
+
+
+@dataclass
+class TokenizedData:
+    """The pairs of a data set as token ids, the texts they came from, and the rows that fell away."""
+
+    pairs: list[TokenizedPair] = field(default_factory=list)
+    texts: dict[int, Pair] = field(default_factory=dict)
+    """The pair behind each `TokenizedPair.index`."""
+    problems: list[RowProblem] = field(default_factory=list)
+    num_truncated: int = 0
+    """Pairs in which at least one completion was cut at max_length."""
+
+
+def tokenize_pairs(
+    pairs: Iterable[Pair],
+    tokenizer: Any,
+    max_length: int,
+    truncation: Literal["truncate", "drop", "error"] = "truncate",
+    first_index: int = 0,
+) -> TokenizedData:
+    """Pairs as token ids, numbered from `first_index`.
+
+    A sequence (prompt and completion) has at most `max_length` tokens. Where a completion reaches beyond, `truncate`
+    cuts both completions at the same place, `drop` leaves the pair out and `error` stops. A prompt is never cut: a
+    pair whose prompt leaves no room is left out.
+
+    Raises:
+        UserError: the rows are messages and the tokenizer has no chat template; or a pair is too long and
+            `truncation` is "error".
+    """
+    data = TokenizedData()
+    for index, (pair, result) in enumerate(_encoded(pairs, tokenizer), start=first_index):
+        if isinstance(result, RowProblem):
+            data.problems.append(result)
+            continue
+        prompt_ids, chosen_ids, rejected_ids = result
+        room = max_length - len(prompt_ids)
+        if room <= 0:
+            message = (
+                f"the prompt has {len(prompt_ids)} tokens, which leaves no room for an answer within max_length "
+                f"{max_length}; raise max_length or shorten the prompt"
+            )
+            data.problems.append(RowProblem("T01", pair.source, message))
+            continue
+        length = max(len(chosen_ids), len(rejected_ids))
+        if length > room:
+            message = (
+                f"the pair has {len(prompt_ids) + length} tokens and max_length is {max_length}; raise max_length, or "
+                "set truncation: truncate"
+            )
+            if truncation == "error":
+                raise UserError(str(RowProblem("T04", pair.source, message)))
+            if truncation == "drop":
+                data.problems.append(RowProblem("T04", pair.source, message))
+                continue
+            chosen_ids, rejected_ids = chosen_ids[:room], rejected_ids[:room]
+            data.num_truncated += 1
+            if chosen_ids == rejected_ids:
+                message = f"chosen and rejected differ only beyond max_length {max_length}; raise max_length"
+                data.problems.append(RowProblem("T05", pair.source, message))
+                continue
+        data.pairs.append(TokenizedPair(prompt_ids, chosen_ids, rejected_ids, index))
+        data.texts[index] = pair
+    return data
+
+
+def encode(tokenizer: Any, prompt: Text, completions: Sequence[Text]) -> tuple[list[int], list[list[int]]]:
+    """Token ids of a prompt and of completions to it.
+
+    Messages are rendered by the tokenizer's chat template. Plain text is taken as it is: the prompt with the
+    tokenizer's special tokens in front, the completion with the end-of-sequence token behind. Prompt and completion
+    are tokenised apart, as they are when a model is asked and answers, so the seam is always a token boundary.
+
+    Raises:
+        RenderError: the template refuses the messages, or its rendered prompt is not how the conversation begins.
+    """
+    prompt_text, completion_texts = render(tokenizer, prompt, completions)
+    is_plain = isinstance(prompt, str)
+    prompt_ids = tokenizer(prompt_text, add_special_tokens=is_plain).input_ids
+    if is_plain and prompt_ids and prompt_ids[-1] == tokenizer.eos_token_id != tokenizer.bos_token_id:
+        prompt_ids = prompt_ids[:-1]  # some tokenizers end every text, and the prompt goes on
+    if not prompt_ids:  # the first completion token needs something before it
+        start = tokenizer.bos_token_id if tokenizer.bos_token_id is not None else tokenizer.eos_token_id
+        prompt_ids = [start]
+    return prompt_ids, [
+        _ended(tokenizer, tokenizer(text, add_special_tokens=False).input_ids) for text in completion_texts
+    ]
+
+
+class RenderError(Exception):
+    """A conversation that the chat template cannot render into prompt and completion; `code` is one of TOKEN_CHECKS."""
+
+    def __init__(self, code: str, message: str) -> None:
+        super().__init__(message)
+        self.code = code
+
+
+def render(tokenizer: Any, prompt: Text, completions: Sequence[Text]) -> tuple[str, list[str]]:
+    """Prompt and completions as the text that the model sees."""
+    if isinstance(prompt, str):
+        return prompt, [str(completion) for completion in completions]
+    prompt_text = _apply_template(tokenizer, prompt, add_generation_prompt=True)
+    completion_texts = []
+    for completion in completions:
+        if isinstance(completion, str):
+            completion = [{"role": "assistant", "content": completion}]
+        whole = _apply_template(tokenizer, [*prompt, *completion], add_generation_prompt=False)
+        if not whole.startswith(prompt_text):
+            raise RenderError("T03", "the chat template renders the prompt differently once an answer follows")
+        completion_texts.append(whole[len(prompt_text) :])
+    return prompt_text, completion_texts
+
+
+def _apply_template(tokenizer: Any, messages: Sequence[Any], add_generation_prompt: bool) -> str:
+    from jinja2 import TemplateError
+
+    if tokenizer.chat_template is None:
+        raise UserError(
+            "the data are messages and the model's tokenizer has no chat template; give one as chat_template: FILE"
+        )
+    try:
+        return tokenizer.apply_chat_template(
+            [dict(message) for message in messages], add_generation_prompt=add_generation_prompt, tokenize=False
+        )
+    except TemplateError as error:
+        raise RenderError("T02", f"the chat template refuses the messages: {error}") from None
+
+
+def _ended(tokenizer: Any, ids: list[int]) -> list[int]:
+    """A completion's ids with exactly one end token at their end.
+
+    A template ends the turn itself and often adds a line break behind, which no model ever has to produce; plain text
+    has no end yet.
+    """
+    special = set(tokenizer.all_special_ids)
+    end = len(ids)
+    while end and ids[end - 1] not in special and not tokenizer.decode(ids[end - 1]).strip():
+        end -= 1
+    if end and ids[end - 1] in special:
+        return ids[:end]
+    return [*ids, tokenizer.eos_token_id]
+
+
+def _encoded(
+    pairs: Iterable[Pair], tokenizer: Any
+) -> Iterator[tuple[Pair, RowProblem | tuple[list[int], list[int], list[int]]]]:
+    """Each pair with its ids (prompt, chosen, rejected), or with what is wrong with it."""
+    for pair in pairs:
+        try:
+            prompt_ids, (chosen_ids, rejected_ids) = encode(tokenizer, pair.prompt, [pair.chosen, pair.rejected])
+        except RenderError as error:
+            yield pair, RowProblem(error.code, pair.source, str(error))
+        else:
+            yield pair, (prompt_ids, chosen_ids, rejected_ids)

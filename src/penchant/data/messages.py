@@ -1,0 +1,217 @@
+"""From the fields of a row to texts and messages, and what every pair must be, whatever its family."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from typing import Any
+
+from penchant.types import Message, Pair, Text
+
+ROLES = ("system", "developer", "user", "assistant", "tool")
+"""The roles a message may have."""
+
+Row = Mapping[str, Any]
+Messages = list[Message]
+Parts = tuple[Text, Text, Text]
+"""Prompt, chosen, rejected of one row."""
+
+_SHAREGPT_ROLES = {"human": "user", "gpt": "assistant", "observation": "tool"}
+_BAD_CHARACTER = re.compile("[\x00\ud800-\udfff]")
+
+
+class RefusedError(Exception):
+    """Why a row cannot be a pair; `formats` turns it into a `RowProblem`."""
+
+    def __init__(self, code: str, message: str) -> None:
+        super().__init__(message)
+        self.code = code
+
+
+def split_implicit(chosen: Text, rejected: Text) -> tuple[Messages, Messages, Messages]:
+    """The prompt is the longest common beginning of both sides in whole messages, never inside a text."""
+    left, right = list(turns_of(chosen, "assistant")), list(turns_of(rejected, "assistant"))
+    check_filled("chosen", left)
+    check_filled("rejected", right)
+    check_differ(left, right)
+    shared = 0
+    while shared < min(len(left), len(right)) and left[shared] == right[shared]:
+        shared += 1
+    if shared in (len(left), len(right)):
+        shorter = "chosen" if shared == len(left) else "rejected"
+        raise RefusedError(
+            "D15",
+            f"all of {shorter} stands at the start of the other side, so no prompt is left; add a prompt",
+        )
+    if shared == 0 or "assistant" not in (left[shared]["role"], right[shared]["role"]):
+        raise RefusedError(
+            "D16",
+            "chosen and rejected differ before the assistant answers; a pair has one prompt: delete the row",
+        )
+    return left[:shared], left[shared:], right[shared:]
+
+
+def split_repeated(prompt: str, chosen: Text, rejected: Text) -> tuple[Messages, Messages, Messages]:
+    """Sides that repeat a prompt given as text (UltraFeedback): it must be their first user turn."""
+    before, left, right = split_implicit(chosen, rejected)
+    first = next((turn["content"] for turn in before if turn["role"] == "user"), "")
+    if first.strip() != prompt.strip():
+        raise RefusedError(
+            "D16", "the prompt is not the first user turn that chosen and rejected repeat; make them agree"
+        )
+    return before, left, right
+
+
+def sides_of(row: Row) -> tuple[Text, Text]:
+    """Chosen and rejected, both text or both messages."""
+    chosen, rejected = text_or_messages(row, "chosen"), text_or_messages(row, "rejected")
+    if isinstance(chosen, str) != isinstance(rejected, str):
+        raise RefusedError("D04", "one of chosen and rejected is text, the other messages; write both the same way")
+    return chosen, rejected
+
+
+def with_system(row: Row, parts: Parts) -> Parts:
+    """Puts a `system` column before the prompt, unless the conversation has a system message of its own."""
+    if row.get("system") in (None, ""):
+        return parts
+    prompt = turns_of(parts[0], "user")
+    if not prompt or prompt[0]["role"] == "system":
+        return parts
+    return [{"role": "system", "content": text_of(row, "system")}, *prompt], parts[1], parts[2]
+
+
+def _field(row: Row, key: str) -> Any:
+    if row.get(key) is None:
+        raise RefusedError("D02", f"{key} is {'null' if key in row else 'missing'}; fill it in or delete the row")
+    return row[key]
+
+
+def text_of(row: Row, key: str) -> str:
+    """A field that must be text."""
+    value = _field(row, key)
+    if not isinstance(value, str):
+        raise RefusedError("D04", f"{key} is {kind_of(value)}; it must be text here")
+    return value
+
+
+def text_or_messages(row: Row, key: str) -> Text:
+    """A field that may be text, one message or a list of messages; messages come out in one spelling."""
+    value = _field(row, key)
+    if isinstance(value, str):
+        return value
+    if isinstance(value, Mapping):
+        return [_message(value, key)]
+    if is_list(value):
+        return [_message(entry, key) for entry in value]
+    raise RefusedError("D04", f"{key} is {kind_of(value)}; it must be text or a list of messages")
+
+
+def _message(value: Any, key: str) -> Message:
+    """A message with `role` and `content` alone, from {role, content} or ShareGPT's {from, value}."""
+    if not isinstance(value, Mapping):
+        raise RefusedError("D04", f"{key} holds {kind_of(value)} where a message with role and content must stand")
+    role = value.get("role", value.get("from"))
+    role = _SHAREGPT_ROLES.get(role, role) if isinstance(role, str) else role
+    if role not in ROLES:
+        found = f"the role {_show(role)}" if isinstance(role, str) else "no role"
+        raise RefusedError("D08", f"a message of {key} has {found}; write one of {', '.join(ROLES)}")
+    content = value.get("content", value.get("value"))
+    if content is None:
+        raise RefusedError("D08", f"a message of {key} has no content; fill it in or delete the row")
+    if is_list(content):
+        content = "".join(_part(part, key) for part in content)
+    if not isinstance(content, str):
+        raise RefusedError("D04", f"the content of a message of {key} is {kind_of(content)}; it must be text")
+    return {"role": role, "content": content}
+
+
+def _part(part: Any, key: str) -> str:
+    if isinstance(part, Mapping) and part.get("type") == "text" and isinstance(part.get("text"), str):
+        return part["text"]
+    raise RefusedError("D17", f"a message of {key} has a part that is not text; only text is trained: delete the row")
+
+
+def turns_of(text: Text, role: str) -> Messages:
+    """Messages as they are, and text as one message of `role`."""
+    return [{"role": role, "content": text}] if isinstance(text, str) else list(text)
+
+
+def opens_with_answer(text: Text) -> bool:
+    """Whether a side is the completion alone, not a conversation that repeats the prompt."""
+    return isinstance(text, str) or (len(text) > 0 and text[0]["role"] == "assistant")
+
+
+# What every pair must be, whatever its family.
+
+
+def check_pair(pair: Pair) -> None:
+    """Refuses a pair that cannot train, for the first reason found."""
+    for name, text in (("prompt", pair.prompt), ("chosen", pair.chosen), ("rejected", pair.rejected)):
+        for content in [text] if isinstance(text, str) else [turn["content"] for turn in text]:
+            if bad := _BAD_CHARACTER.search(content):
+                raise RefusedError(
+                    "D12", f"{name} holds the character U+{ord(bad[0]):04X}, which is no text; remove it"
+                )
+    prompt = turns_of(pair.prompt, "user")
+    if not prompt or not prompt[-1]["content"].strip():
+        raise RefusedError("D07", "the prompt is empty; fill it in or delete the row")
+    if prompt[-1]["role"] == "assistant":
+        raise RefusedError(
+            "D09",
+            "the prompt ends with an assistant turn, which the completions would continue;"
+            " move that turn into both completions or delete the row",
+        )
+    for name, side in (("chosen", pair.chosen), ("rejected", pair.rejected)):
+        check_filled(name, side)
+        turns = turns_of(side, "assistant")
+        if turns[0]["role"] != "assistant":
+            raise RefusedError(
+                "D10", f"{name} begins with a {turns[0]['role']} turn; it must begin with the assistant's"
+            )
+        if turns[-1]["role"] != "assistant":
+            raise RefusedError("D11", f"{name} ends with a {turns[-1]['role']} turn; cut it off or add the answer")
+    check_differ(pair.chosen, pair.rejected)
+
+
+def check_filled(name: str, side: Text) -> None:
+    """Refuses a completion without a message, or with a blank last one."""
+    turns = turns_of(side, "assistant")
+    if not turns or not turns[-1]["content"].strip():
+        raise RefusedError("D06", f"{name} is empty; fill it in or delete the row")
+
+
+def check_differ(chosen: Text, rejected: Text) -> None:
+    """Refuses sides that are the same but for blanks around the texts."""
+    left, right = (
+        [(turn["role"], turn["content"].strip()) for turn in turns_of(side, "assistant")] for side in (chosen, rejected)
+    )
+    if left == right:
+        raise RefusedError("D05", "chosen and rejected are identical, so nothing is preferred; delete the row")
+
+
+# How values are shown in messages: short, and printable whatever they hold.
+
+
+def is_list(value: Any) -> bool:
+    """Whether a field is an array."""
+    return isinstance(value, list | tuple)
+
+
+def kind_of(value: Any) -> str:
+    """The type of a field in words."""
+    kinds = ((str, "text"), (bool, "true or false"), (int | float, "a number"), (Mapping, "an object"))
+    if value is None:
+        return "null"
+    if is_list(value):
+        return "a list"
+    return next((name for kind, name in kinds if isinstance(value, kind)), f"a {type(value).__name__}")
+
+
+def _show(text: str) -> str:
+    return ascii(text if len(text) <= 40 else text[:40] + "...")
+
+
+def keys_of(row: Row) -> str:
+    """The keys of a row, the first twelve."""
+    shown = [_show(str(key)) for key in list(row)[:12]]
+    return ", ".join(shown) + (", ..." if len(row) > 12 else "") or "none"

@@ -1,0 +1,1 @@
+"""Layouts: how pairs are laid out for one forward pass."""

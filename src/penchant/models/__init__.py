@@ -1,0 +1,1 @@
+"""Models: loading and saving them, and reading log-probabilities off them."""

@@ -1,0 +1,148 @@
+"""The model card: what was trained, on what, how well it did, how to load it."""
+
+from __future__ import annotations
+
+import json
+import re
+from pathlib import Path
+from typing import Any
+
+from jinja2 import Environment, FileSystemLoader, StrictUndefined
+
+from penchant.report import verdict
+from penchant.report.figures import number, percent
+from penchant.report.rundir import RunRecord, as_mapping, read_run, write_whole
+from penchant.report.series import finite
+
+_HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+", re.ASCII)
+_PATH = re.compile(r"(?<![\w./:])(?:~|[A-Za-z]:)?(?:[\\/]+[^\s\\/'\"`]+)+[\\/]*")
+_MARKDOWN = re.compile(r"([\\`*_{}\[\]<>#|&~])")
+
+
+def write_model_card(run_dir: Path) -> Path:
+    """Writes `README.md` into the run directory and returns its path.
+
+    Of paths only the last part is told, and nothing of the run file or of the texts in the data.
+
+    Raises:
+        UserError: there is no such directory.
+    """
+    run_dir = Path(run_dir)
+    return write_whole(run_dir / "README.md", _render(read_run(run_dir)))
+
+
+def _render(run: RunRecord) -> str:
+    # The card is Markdown: `plain` and `quoted` do what HTML escaping would do elsewhere.
+    environment = Environment(
+        loader=FileSystemLoader(Path(__file__).parent),
+        autoescape=False,
+        undefined=StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+        keep_trailing_newline=True,
+    )
+    environment.filters.update(plain=plain, code=code, quoted=quoted, number=number, percent=percent)
+    summary = run.summary
+    model, method = str(summary.get("model") or ""), str(summary.get("method") or "")
+    accuracy = verdict.held_out_accuracy(run)
+    return environment.get_template("card.md.j2").render(
+        name=last_part(model) or run.name,
+        model=model if is_hub_id(model) else last_part(model),
+        base_model=model if is_hub_id(model) else "",
+        method=method,
+        tag=re.sub(r"[^a-z0-9]+", "-", method.lower()).strip("-"),
+        lora=summary.get("lora") is True,
+        loss=_fields(as_mapping(summary.get("loss"))),
+        loss_doc=str(summary.get("loss_doc") or "").strip(),
+        reference=str(summary.get("reference") or "").strip(),
+        steps=finite(summary.get("steps")),
+        pairs_seen=finite(summary.get("pairs_seen")),
+        finished=summary.get("status") == "finished",
+        data=[_data_sentence(run, split, title) for split, title in (("train", "Training"), ("eval", "Held-out"))],
+        accuracy=accuracy,
+        results=_results(run, accuracy),
+        versions=sorted((str(name), str(version)) for name, version in as_mapping(summary.get("versions")).items()),
+        hashes=[
+            (label, str(summary[key]))
+            for label, key in (("Model", "model_sha256"), ("Data", "data_sha256"))
+            if summary.get(key)
+        ],
+    )
+
+
+def is_hub_id(model: str) -> bool:
+    """Whether the name is one of the hub, "owner/name", and not a path that exists here."""
+    return _HUB_ID.fullmatch(model) is not None and not Path(model).exists()
+
+
+def last_part(path: str) -> str:
+    """The last part of a path, whichever way its slashes lean."""
+    return re.split(r"[\\/]", path.rstrip("\\/"))[-1]
+
+
+def without_paths(text: str) -> str:
+    """The text with every absolute path shortened to its last part."""
+    return _PATH.sub(lambda match: last_part(match[0]), text.replace("file://", ""))
+
+
+def plain(text: Any) -> str:
+    """One line of text that Markdown shows as it stands, without local paths."""
+    return _MARKDOWN.sub(r"\\\1", " ".join(without_paths(str(text)).split()))
+
+
+def code(text: Any) -> str:
+    """One line as a code span."""
+    line = " ".join(str(text).split()).replace("`", "'").replace("|", "¦")
+    return f"`{line}`" if line else ""
+
+
+def quoted(text: str) -> str:
+    """A YAML string: JSON's quoting is YAML's double-quoted style."""
+    return json.dumps(text, ensure_ascii=False)
+
+
+def _fields(loss: dict[str, Any]) -> str:
+    return ", ".join(
+        f"{key} = {without_paths(value) if isinstance(value, str) else json.dumps(value)}"
+        for key, value in loss.items()
+        if key != "name"
+    )
+
+
+def _data_sentence(run: RunRecord, split: str, title: str) -> str:
+    part = run.part(split)
+    if not part:
+        return ""
+    used, rows = finite(part.get("used")), finite(part.get("rows"))
+    sentence = f"{title} data: {plain(last_part(str(part.get('path') or 'unnamed')))}"
+    if used is not None:
+        sentence += f", {number(used)} pairs" + (f" of {number(rows)} rows" if rows not in (None, used) else "")
+    lengths = as_mapping(part.get("lengths"))
+    medians = [finite(as_mapping(lengths.get(which)).get("median")) for which in ("chosen", "rejected")]
+    if None not in medians:
+        sentence += f"; median length {number(medians[0])} tokens chosen, {number(medians[1])} rejected"
+    share = finite(part.get("longer_wins"))
+    if share is not None:
+        sentence += f"; the chosen completion is the longer one in {percent(share)}"
+    return sentence + "."
+
+
+def _results(run: RunRecord, accuracy: verdict.Accuracy | None) -> list[tuple[str, str, str]]:
+    rows = []
+    if accuracy is not None:
+        before = percent(None if accuracy.starts_at_reference else accuracy.before)
+        after = percent(accuracy.after)
+        if accuracy.interval:
+            after += " (95% interval {} to {})".format(*map(percent, accuracy.interval))
+        rows.append(("pairs whose chosen completion has the higher reward", before, after))
+    for label, name in (
+        ("loss", "loss"),
+        ("reward margin", "rewards/margins"),
+        ("log-probability of the chosen completion, nats", "logps/chosen"),
+        ("log-probability of the rejected completion, nats", "logps/rejected"),
+        ("KL to the reference (estimate, nats)", "kl"),
+    ):
+        measured = verdict.change(run, name)
+        if measured.after is not None:
+            rows.append((label, number(measured.before), number(measured.after)))
+    return rows

@@ -1,0 +1,184 @@
+"""The run directory: what a reader can take from it, whole or not, and how a file is put into it."""
+
+from __future__ import annotations
+
+import heapq
+import json
+import os
+import re
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from penchant.report.series import Series, finite
+
+HELD_OUT = "eval_"
+"""What the names of held-out measurements begin with."""
+
+_NO_MEASUREMENT = {"step", "epoch", "time_s"}
+_UNSHOWABLE = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\ud800-\udfff\ufffe\uffff]")
+
+
+@dataclass
+class PairRewards:
+    """The rewards of the pairs of one split after training, and the pairs at both ends of the margin."""
+
+    chosen: list[float] = field(default_factory=list)
+    rejected: list[float] = field(default_factory=list)
+    most: list[dict[str, Any]] = field(default_factory=list)
+    least: list[dict[str, Any]] = field(default_factory=list)
+
+    @property
+    def margins(self) -> list[float]:
+        """Chosen reward minus rejected reward, pair by pair."""
+        return [chosen - rejected for chosen, rejected in zip(self.chosen, self.rejected, strict=True)]
+
+
+@dataclass
+class RunRecord:
+    """All that could be read from a run directory; what was missing is empty."""
+
+    name: str
+    run_file: str = ""
+    metrics: dict[str, Series] = field(default_factory=dict)
+    events: list[dict[str, Any]] = field(default_factory=list)
+    samples: list[dict[str, Any]] = field(default_factory=list)
+    pairs: dict[str, PairRewards] = field(default_factory=dict)
+    data: dict[str, Any] = field(default_factory=dict)
+    summary: dict[str, Any] = field(default_factory=dict)
+    num_unreadable: int = 0
+
+    def series(self, name: str) -> Series:
+        """The measurement of that name, empty when it was never written."""
+        return self.metrics.get(name, Series(()))
+
+    def part(self, split: str) -> dict[str, Any]:
+        """The findings about the data of a split ("train", "eval"), empty when there are none."""
+        return as_mapping(self.data.get(split))
+
+
+def read_run(run_dir: Path) -> RunRecord:
+    """Reads whatever is there; a cut last line is passed over in silence, other unreadable lines are counted.
+
+    Raises:
+        UserError: there is no such directory.
+    """
+    if not run_dir.is_dir():
+        from penchant.errors import UserError
+
+        raise UserError(f"{run_dir}: there is no such run directory")
+    run = RunRecord(name=clean(run_dir.resolve().name))
+    run.run_file = _read_text(run_dir / "run.yaml")
+    run.data = _read_json(run_dir / "data.json")
+    run.summary = _read_json(run_dir / "summary.json")
+    run.events = list(_read_lines(run_dir / "events.jsonl", run))
+    run.samples = list(_read_lines(run_dir / "samples.jsonl", run))
+    _read_metrics(run_dir / "metrics.jsonl", run)
+    _read_pairs(run_dir / "pairs.jsonl", run)
+    return run
+
+
+def write_whole(path: Path, text: str) -> Path:
+    """Puts the text at `path` in one move: a reader sees the old file or the new one, never a part."""
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        temporary.write_text(text, encoding="utf-8", errors="replace", newline="\n")
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
+    return path
+
+
+def clean(text: str) -> str:
+    """The text with every character that cannot be shown or written made visible; newline and tab stay."""
+    return _UNSHOWABLE.sub(_visible, text)
+
+
+def as_mapping(value: Any) -> dict[str, Any]:
+    """The value if it is a mapping, else an empty one."""
+    return dict(value) if isinstance(value, Mapping) else {}
+
+
+def _visible(match: re.Match[str]) -> str:
+    code = ord(match[0])
+    if code < 0x20:
+        return chr(0x2400 + code)  # Unicode has a picture of each: NUL becomes the sign that reads "NUL".
+    return "\u2421" if code == 0x7F else "\ufffd"
+
+
+def _clean_all(value: Any) -> Any:
+    if isinstance(value, str):
+        return clean(value)
+    if isinstance(value, dict):
+        return {clean(key): _clean_all(item) for key, item in value.items()}
+    if isinstance(value, list):
+        return [_clean_all(item) for item in value]
+    return value
+
+
+def _read_text(path: Path) -> str:
+    return clean(path.read_text(encoding="utf-8", errors="replace")) if path.is_file() else ""
+
+
+def _parse(text: str) -> dict[str, Any] | None:
+    try:
+        return as_mapping(_clean_all(json.loads(text)))
+    except (ValueError, RecursionError):
+        return None
+
+
+def _read_json(path: Path) -> dict[str, Any]:
+    if not path.is_file():
+        return {}
+    return _parse(path.read_text(encoding="utf-8", errors="replace")) or {}
+
+
+def _read_lines(path: Path, run: RunRecord) -> Iterator[dict[str, Any]]:
+    if not path.is_file():
+        return
+    with path.open(encoding="utf-8", errors="replace", newline="\n") as lines:
+        for line in lines:
+            row = _parse(line)
+            if row:
+                yield row
+            # Without its newline a line is the last one, cut off while it was written.
+            elif row is None and line.endswith("\n") and line.strip():
+                run.num_unreadable += 1
+
+
+def _read_metrics(path: Path, run: RunRecord) -> None:
+    values: dict[str, dict[float, float | None]] = {}
+    for row in _read_lines(path, run):
+        step = finite(row.get("step"))
+        if step is None:
+            continue
+        for name, value in row.items():
+            if name not in _NO_MEASUREMENT and (value is None or isinstance(value, int | float)):
+                # A resumed run writes the steps after its checkpoint again: the later line counts.
+                values.setdefault(name, {})[step] = finite(value)
+    run.metrics = {name: Series(tuple(sorted(points.items()))) for name, points in values.items()}
+
+
+def _read_pairs(path: Path, run: RunRecord, num_kept: int = 5) -> None:
+    waiting: dict[str, list[dict[str, Any]]] = {}
+    for row in _read_lines(path, run):
+        chosen, rejected = finite(row.get("chosen_reward")), finite(row.get("rejected_reward"))
+        if chosen is None or rejected is None:
+            continue
+        split = "eval" if row.get("split") == "eval" else "train"
+        rewards = run.pairs.setdefault(split, PairRewards())
+        rewards.chosen.append(chosen)
+        rewards.rejected.append(rejected)
+        rows = waiting.setdefault(split, [])
+        rows.append({**row, "margin": chosen - rejected})
+        if len(rows) >= 1000:  # Only the ends are kept, so the texts of a large data set do not pile up.
+            _keep_ends(rewards, rows, num_kept)
+    for split, rows in waiting.items():
+        _keep_ends(run.pairs[split], rows, num_kept)
+
+
+def _keep_ends(rewards: PairRewards, rows: list[dict[str, Any]], num_kept: int) -> None:
+    rewards.most = heapq.nlargest(num_kept, rewards.most + rows, key=lambda row: row["margin"])
+    rewards.least = heapq.nsmallest(num_kept, rewards.least + rows, key=lambda row: row["margin"])
+    rows.clear()

@@ -1,0 +1,222 @@
+"""What came of a run, first as figures, then in plain sentences."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from penchant.report.figures import number, percent, wilson_interval
+from penchant.report.rundir import HELD_OUT, RunRecord
+from penchant.report.series import finite
+
+ACCURACY = "rewards/accuracies"
+
+
+@dataclass(frozen=True)
+class Change:
+    """A held-out measurement before training (None when there was none at step 0) and at its last step."""
+
+    before: float | None
+    after: float | None
+    lowest: float | None
+    diverged: bool
+
+
+@dataclass(frozen=True)
+class Accuracy:
+    """The share of held-out pairs whose chosen completion has the higher reward, with what it is to be held against.
+
+    `interval` is the 95 % Wilson interval of `after`, None when the number of pairs is unknown.
+    """
+
+    before: float | None
+    after: float
+    num_pairs: int | None
+    interval: tuple[float, float] | None
+    longer_wins: float | None
+    starts_at_reference: bool
+
+
+def change(run: RunRecord, name: str) -> Change:
+    """How the held-out measurement `name` went from step 0 to the end."""
+    series = run.series(HELD_OUT + name)
+    before = series.points[0][1] if series.points and series.points[0][0] == 0 else None
+    values = [value for step, value in series.finite if step > 0]
+    return Change(before, values[-1] if values else None, min(values, default=None), series.ends_broken)
+
+
+def held_out_accuracy(run: RunRecord) -> Accuracy | None:
+    """The held-out accuracy after training; None when there is none after step 0."""
+    measured = change(run, ACCURACY)
+    if measured.after is None:
+        return None
+    num_pairs = num_held_out(run)
+    means = [change(run, name).before for name in ("rewards/chosen", "rewards/rejected")]
+    return Accuracy(
+        before=measured.before,
+        after=measured.after,
+        num_pairs=num_pairs,
+        interval=wilson_interval(measured.after, num_pairs) if num_pairs else None,
+        longer_wins=longer_wins(run),
+        # A policy that is its own reference has rewards of 0 but for rounding: who is ahead is then an accident.
+        starts_at_reference=all(mean is not None and abs(mean) < 1e-4 for mean in means),
+    )
+
+
+def num_held_out(run: RunRecord) -> int | None:
+    """The number of held-out pairs; None when neither the data findings nor the pairs tell."""
+    used = finite(run.part("eval").get("used"))
+    if used is not None and used >= 1:
+        return int(used)
+    return len(run.pairs["eval"].chosen) if "eval" in run.pairs else None
+
+
+def longer_wins(run: RunRecord) -> float | None:
+    """The share of pairs in which the chosen completion is the longer one: held-out pairs if there are any."""
+    share = finite(run.part("eval").get("longer_wins"))
+    return share if share is not None else finite(run.part("train").get("longer_wins"))
+
+
+def has_held_out(run: RunRecord) -> bool:
+    """Whether anything was ever measured on held-out pairs."""
+    return any(name.startswith(HELD_OUT) for name in run.metrics)
+
+
+def tail_mean(run: RunRecord, name: str) -> tuple[float, int] | None:
+    """The mean of a training measurement over the last tenth of its lines, and the number of those lines."""
+    values = [value for _, value in run.series(name).finite]
+    if not values:
+        return None
+    tail = values[-max(1, len(values) // 10) :]
+    return sum(tail) / len(tail), len(tail)
+
+
+def headline(run: RunRecord) -> list[str]:
+    """The verdict itself: how accurate, and whether length alone would do as well."""
+    accuracy = held_out_accuracy(run)
+    sentences = [*_status(run), *(_on_training_pairs(run) if accuracy is None else _accuracy(accuracy))]
+    if not run.metrics:
+        sentences.append("Nothing has been measured yet.")
+    return sentences
+
+
+def details(run: RunRecord) -> list[str]:
+    """What else belongs to the verdict: loss, distance from the reference, chosen log-probability, trouble."""
+    return [*_loss(run), *_distance(run), *_chosen_logps(run), *_trouble(run)]
+
+
+def _status(run: RunRecord) -> list[str]:
+    steps = finite(run.summary.get("steps"))
+    so_far = "the figures are those written so far" if not steps else f"the figures go up to step {number(steps)}"
+    match run.summary.get("status"):
+        case "running":
+            return [f"This run was still going when the report was made; {so_far}."]
+        case "interrupted":
+            return [f"This run was interrupted before its end; {so_far}."]
+        case "failed":
+            return [f"This run failed; {so_far}, and the events say why."]
+    return []
+
+
+def _accuracy(accuracy: Accuracy) -> list[str]:
+    pairs = f"{number(accuracy.num_pairs)} held-out pairs" if accuracy.num_pairs else "the held-out pairs"
+    sentence = f"After training, the chosen completion has the higher reward in {percent(accuracy.after)} of {pairs}"
+    if accuracy.interval:
+        low, high = accuracy.interval
+        sentence += f" (95% interval {percent(low)} to {percent(high)})"
+    if accuracy.before is not None and not accuracy.starts_at_reference:
+        sentence += f"; before training it was {percent(accuracy.before)}"
+        if accuracy.interval and accuracy.interval[0] <= accuracy.before <= accuracy.interval[1]:
+            sentence += ", which is no clear difference"
+    sentences = [sentence + "."]
+    if accuracy.interval and accuracy.interval[0] <= 0.5 <= accuracy.interval[1]:
+        sentences.append("That is not clearly different from tossing a coin.")
+    if accuracy.before is not None and accuracy.starts_at_reference:
+        sentences.append(
+            f"The {percent(accuracy.before)} measured before training says nothing: the model is then its own "
+            "reference, and all rewards are zero."
+        )
+    return sentences + _against_length(accuracy)
+
+
+def _against_length(accuracy: Accuracy) -> list[str]:
+    share = accuracy.longer_wins
+    if share is None:
+        return []
+    rule = f"Always picking the longer completion would be right in {percent(share)} of these pairs"
+    if share < 0.5:
+        rule += f", always the shorter one in up to {percent(1 - share)}"
+    best = max(share, 1 - share)
+    if accuracy.interval is None:
+        return [rule + "."]
+    low, high = accuracy.interval
+    if low > best:
+        return [rule + ": the model does better than length alone."]
+    if high < best:
+        return [rule + ": on these pairs length alone would do better than the model."]
+    return [rule + ": this result does not rule out that the model goes by length alone."]
+
+
+def _on_training_pairs(run: RunRecord) -> list[str]:
+    sentences = []
+    if has_held_out(run):
+        sentences.append("Nothing was measured on held-out pairs after training began.")
+    elif run.metrics:
+        sentences.append("No pairs were held out, so nothing here tells how the model does on pairs it has not seen.")
+    mean = tail_mean(run, ACCURACY)
+    if mean is not None:
+        lines = "line" if mean[1] == 1 else f"{number(mean[1])} lines"
+        sentences.append(
+            f"On the training pairs of the last {lines} of the log the chosen completion had the higher reward in "
+            f"{percent(mean[0])}; that is a figure about pairs being learned, and no evidence for others."
+        )
+    return sentences
+
+
+def _loss(run: RunRecord) -> list[str]:
+    loss = change(run, "loss")
+    if loss.before is None or loss.after is None or loss.lowest is None:
+        series = run.series("loss")
+        if len(series.finite) < 2:
+            return []
+        return [f"The training loss went from {number(series.first)} to {number(series.last)}."]
+    verb = "fell" if loss.after < loss.before else "rose"
+    sentence = f"The held-out loss {verb} from {number(loss.before)} to {number(loss.after)}"
+    if loss.after > loss.lowest + 0.02 * abs(loss.lowest):
+        sentence += f", having been as low as {number(loss.lowest)}: fewer steps may do better"
+    return [sentence + "."]
+
+
+def _distance(run: RunRecord) -> list[str]:
+    kl, where = change(run, "kl").after, "held-out"
+    if kl is None:
+        kl, where = run.series("kl").last, "training"
+    if kl is None:
+        return []
+    return [f"The model stands {number(kl)} nats from its reference (KL estimate on {where} completions)."]
+
+
+def _chosen_logps(run: RunRecord) -> list[str]:
+    logps = change(run, "logps/chosen")
+    if logps.before is None or logps.after is None:
+        return []
+    values = f"from {number(logps.before)} to {number(logps.after)} nats"
+    rejected = change(run, "logps/rejected")
+    if logps.after >= logps.before:
+        return [f"The chosen completions became more probable, {values}."]
+    sentence = f"The chosen completions themselves became less probable, {values}"
+    if rejected.before is not None and rejected.after is not None:
+        gap = (logps.after - rejected.after) - (logps.before - rejected.before)
+        if gap > 0:
+            sentence += "; the margin grew because the rejected ones fell further"
+    return [sentence + "."]
+
+
+def _trouble(run: RunRecord) -> list[str]:
+    sentences = []
+    if run.series("loss").ends_broken or change(run, "loss").diverged:
+        sentences.append("The last loss is not a finite number: the training has diverged.")
+    serious = sum(event.get("severity") in ("major", "stop") for event in run.events)
+    if serious:
+        count = "is 1 serious event" if serious == 1 else f"are {number(serious)} serious events"
+        sentences.append(f"There {count}, told under Events.")
+    return sentences

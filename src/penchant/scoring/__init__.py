@@ -1,0 +1,1 @@
+"""Scoring: policy and reference log-probabilities of pairs."""

@@ -1,0 +1,108 @@
+"""A language model with its tokenizer: texts or batches in, log-probabilities out."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any, Literal
+
+import torch
+from jaxtyping import Float
+from torch import Tensor, nn
+
+from penchant.data.chat import encode
+from penchant.layouts import padded
+from penchant.models.load import load_model_and_tokenizer
+from penchant.models.logps import token_logps
+from penchant.types import Batch, Text, TokenLogps
+
+Precision = Literal["float32", "bf16"]
+"""`float32`, or `bf16`: matrix products in bfloat16 over float32 weights (autocast)."""
+
+
+class Policy:
+    """A causal language model that scores and answers.
+
+    >>> policy = Policy.from_pretrained("path/to/model")                  # doctest: +SKIP
+    >>> policy.log_prob(["What is 2 + 2?"], ["4"])                        # doctest: +SKIP
+    tensor([-1.84], grad_fn=...)
+    """
+
+    def __init__(self, model: nn.Module, tokenizer: Any, precision: Precision = "float32") -> None:
+        self.model = model
+        self.tokenizer = tokenizer
+        self.precision = precision
+
+    @classmethod
+    def from_pretrained(
+        cls, model: str, device: torch.device | str = "cpu", precision: Precision = "float32"
+    ) -> Policy:
+        """A policy from a local folder, a hub id or a `.gguf` file, with float32 weights and dropout off.
+
+        Raises:
+            UserError: the model cannot be loaded.
+        """
+        return cls(*load_model_and_tokenizer(model, device), precision)
+
+    @property
+    def device(self) -> torch.device:
+        """Where the weights are."""
+        return next(self.model.parameters()).device
+
+    def parameters(self) -> Iterator[nn.Parameter]:
+        """The model's parameters, for an optimizer."""
+        return self.model.parameters()
+
+    def token_logps(self, batch: Batch, with_entropies: bool = False) -> TokenLogps:
+        """Log-probabilities of the completion tokens of a batch, in nats."""
+        with self._arithmetic():
+            return token_logps(self.model, batch.to(self.device), with_entropies)
+
+    def log_prob(self, prompts: Sequence[Text], completions: Sequence[Text]) -> Float[Tensor, " N"]:
+        """log pi(completion | prompt) of N texts: the sum over the completion's tokens, its end token included, in nats.
+
+        Differentiable with respect to the model's parameters. Prompts may be messages: they are rendered by the chat
+        template, and a plain completion is then the assistant's answer. Plain prompts are taken as they are.
+
+        Raises:
+            ValueError: the numbers of prompts and completions differ.
+        """
+        if len(prompts) != len(completions):
+            raise ValueError(f"{len(prompts)} prompts and {len(completions)} completions: give one for each")
+        sequences = []
+        for prompt, completion in zip(prompts, completions, strict=True):
+            prompt_ids, (completion_ids,) = encode(self.tokenizer, prompt, [completion])
+            sequences.append((prompt_ids, completion_ids))
+        batch = padded.collate_sequences(sequences).to(self.device)
+        return batch.sum_by_sequence(self.token_logps(batch).logps)
+
+    @torch.no_grad()
+    def generate(
+        self, prompts: Sequence[Text], max_new_tokens: int = 128, temperature: float = 0.0, seed: int = 0
+    ) -> list[str]:
+        """One answer to each prompt, greedy at temperature 0; text only, end token removed."""
+        was_training, padding_side = self.model.training, self.tokenizer.padding_side
+        self.model.eval()
+        self.tokenizer.padding_side = "left"  # so that every prompt ends where its answer begins
+        try:
+            prompt_ids = [encode(self.tokenizer, prompt, [])[0] for prompt in prompts]
+            inputs = self.tokenizer.pad({"input_ids": prompt_ids}, return_tensors="pt").to(self.device)
+            torch.manual_seed(seed)
+            sampling = {"do_sample": True, "temperature": temperature} if temperature > 0 else {"do_sample": False}
+            with self._arithmetic():
+                output = self.model.generate(  # type: ignore[operator]
+                    **inputs,
+                    **sampling,
+                    max_new_tokens=max_new_tokens,
+                    pad_token_id=self.tokenizer.pad_token_id,
+                )
+        finally:
+            self.model.train(was_training)
+            self.tokenizer.padding_side = padding_side
+        answers = output[:, inputs["input_ids"].shape[1] :]
+        return [text.strip() for text in self.tokenizer.batch_decode(answers, skip_special_tokens=True)]
+
+    def _arithmetic(self) -> AbstractContextManager[Any]:
+        if self.precision == "bf16":
+            return torch.autocast(self.device.type, dtype=torch.bfloat16)
+        return nullcontext()

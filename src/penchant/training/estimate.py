@@ -1,0 +1,78 @@
+"""What a run will take, from one pair of it: time by the clock, memory by counting."""
+
+from __future__ import annotations
+
+import time
+from dataclasses import dataclass
+
+import torch
+
+from penchant.layouts import padded
+from penchant.scoring.policy import Policy
+from penchant.training.step import trainable_parameters
+from penchant.types import TokenizedPair
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """Expected seconds of the whole run and bytes of memory at its peak, both rough."""
+
+    seconds: float
+    memory_bytes: int
+
+
+def estimate_run(
+    policy: Policy,
+    pairs: list[TokenizedPair],
+    tokens_to_learn: float,
+    tokens_to_score: float,
+    largest_microbatch: int,
+    has_reference_copy: bool,
+) -> Estimate:
+    """Runs one typical pair forward and extrapolates.
+
+    Args:
+        tokens_to_learn: tokens, filling included, that go forward and backward in the whole run.
+        tokens_to_score: tokens that only go forward (reference, evaluation).
+        largest_microbatch: tokens of the largest microbatch: its activations make the peak.
+    """
+    typical = sorted(pairs, key=lambda pair: pair.num_tokens)[len(pairs) // 2]
+    batch = padded.collate([typical]).to(policy.device)
+    num_tokens = padded.cost([typical])
+    kept: dict[int, int] = {}
+
+    def count(tensor: torch.Tensor) -> torch.Tensor:
+        kept[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
+        return tensor
+
+    policy.token_logps(batch)  # the first pass pays for set-up
+    # Weights are kept for the backward pass too, but they take no further memory.
+    weights = {p.untyped_storage().data_ptr() for p in policy.model.parameters()}
+    with torch.autograd.graph.saved_tensors_hooks(count, lambda tensor: tensor):
+        policy.token_logps(batch)
+    seconds_per_token = _seconds_per_token(policy, batch, num_tokens)
+    activation_bytes = sum(size for pointer, size in kept.items() if pointer not in weights)
+
+    all_bytes = sum(p.nbytes for p in policy.model.parameters())
+    trained_bytes = sum(p.nbytes for p in trainable_parameters(policy.model))
+    backward = 2.0 if trained_bytes == all_bytes else 1.0 + trained_bytes / all_bytes  # frozen weights need no gradient
+    return Estimate(
+        seconds=seconds_per_token * ((1 + backward) * tokens_to_learn + tokens_to_score),
+        memory_bytes=round(
+            all_bytes * (2 if has_reference_copy else 1)
+            + 3 * trained_bytes  # gradient and two moments of AdamW
+            + activation_bytes / num_tokens * largest_microbatch
+        ),
+    )
+
+
+def _seconds_per_token(policy: Policy, batch: object, num_tokens: int) -> float:
+    times = []
+    for _ in range(3):
+        started = time.perf_counter()
+        with torch.no_grad():
+            policy.token_logps(batch)  # type: ignore[arg-type]
+        if policy.device.type == "cuda":
+            torch.cuda.synchronize(policy.device)
+        times.append(time.perf_counter() - started)
+    return min(times) / num_tokens

@@ -1,0 +1,114 @@
+"""What a run says while it works: lines and progress for people, JSON lines for programs."""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.markup import escape
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+from penchant.training.rundir import append_json_line
+
+_SECONDS_BETWEEN_PLAIN_LINES = 5.0
+
+
+class RunLog:
+    """The voice of a run. Everything goes to standard error; standard output is left to results.
+
+    Without a run directory (a dry run, say) nothing is written to files.
+    """
+
+    def __init__(self, run_dir: Path | None = None, quiet: bool = False) -> None:
+        self.run_dir = run_dir
+        self._console = Console(stderr=True, quiet=quiet, highlight=False, soft_wrap=True)
+
+    def say(self, label: str, text: str) -> None:
+        """A line for people: `data      240 pairs from ...`."""
+        self._console.print(f"[bold]{label:<10}[/bold] {escape(text)}")
+
+    def event(self, severity: str, code: str, message: str, step: int) -> None:
+        """Something worth knowing: kept in events.jsonl and, from `warn` on, said aloud."""
+        if self.run_dir:
+            record = {"step": step, "severity": severity, "code": code, "message": message}
+            append_json_line(self.run_dir / "events.jsonl", record)
+        if severity != "info":
+            self._console.print(f"[yellow]{severity:<10}[/yellow] {escape(message)}")
+
+    def metrics(self, record: dict[str, Any]) -> None:
+        """One line of metrics.jsonl."""
+        if self.run_dir:
+            append_json_line(self.run_dir / "metrics.jsonl", record)
+
+    @contextmanager
+    def progress(self, label: str, total: int) -> Iterator[Meter]:
+        """A bar (or, without a terminal, a line every few seconds) for work of `total` units."""
+        if self._console.is_terminal and not self._console.quiet:
+            columns = [
+                TextColumn(f"[bold]{label:<10}[/bold]"),
+                BarColumn(bar_width=24),
+                MofNCompleteColumn(),
+                TextColumn("{task.fields[info]}"),
+                TimeRemainingColumn(compact=True, elapsed_when_finished=True),
+            ]
+            with Progress(*columns, console=self._console) as bar:
+                task = bar.add_task(label, total=total, info="")
+                yield Meter(lambda done, info: bar.update(task, completed=done, info=escape(info)))
+        else:
+            yield Meter(self._plain_lines(label, total))
+
+    def _plain_lines(self, label: str, total: int) -> Any:
+        started = last = time.monotonic()
+
+        def show(done: int, info: str) -> None:
+            nonlocal last
+            now = time.monotonic()
+            if done < total and now - last < _SECONDS_BETWEEN_PLAIN_LINES:
+                return
+            last = now
+            left = (now - started) / done * (total - done) if done else 0.0
+            self.say(label, f"{done}/{total}  {info}".rstrip() + (f"  {duration(left)} left" if left else ""))
+
+        return show
+
+
+class Meter:
+    """Moves a progress display on."""
+
+    def __init__(self, show: Any) -> None:
+        self._show = show
+        self._done = 0
+
+    def advance(self, units: int, info: str = "") -> None:
+        """So many more units are done; `info` stands beside the bar."""
+        self._done += units
+        self._show(self._done, info)
+
+
+def duration(seconds: float) -> str:
+    """`48 s`, `6 min 10 s`, `2 h 5 min`."""
+    whole = round(seconds)
+    if whole < 60:
+        return f"{whole} s"
+    if whole < 3600:
+        return f"{whole // 60} min {whole % 60} s"
+    return f"{whole // 3600} h {whole % 3600 // 60} min"
+
+
+def one_line(metrics: dict[str, Any]) -> str:
+    """The few numbers that stand beside a progress bar."""
+    names = {"loss": "loss", "rewards/accuracies": "accuracy", "rewards/margins": "margin"}
+    parts = [f"{short} {metrics[name]:.3f}" for name, short in names.items() if metrics.get(name) is not None]
+    if metrics.get("tokens_per_s"):
+        parts.append(f"{metrics['tokens_per_s']:,.0f} tokens/s")
+    return "  ".join(parts)
+
+
+def dump_json(value: Any) -> str:
+    """JSON for people and programs alike."""
+    return json.dumps(value, indent=2, ensure_ascii=False, allow_nan=False)
