@@ -103,6 +103,8 @@ class RunConfig(_Section):
     """auto, cpu, cuda, cuda:1, ..."""
     dtype: Literal["auto", "float32", "bf16"] = "auto"
     """Arithmetic: float32, or bf16 products over float32 weights; auto: bf16 where the hardware is fast at it."""
+    layout: Literal["auto", "padded", "prefix_shared"] = "auto"
+    """How pairs are laid out; auto: prefix_shared (each prompt computed once) where it is exact, else padded."""
     microbatch_tokens: int | None = Field(default=None, ge=1)
     """Most tokens, filling included, computed at once; changes memory, never results. Default 1024, on a GPU 16384."""
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from jaxtyping import Bool, Float, Int
@@ -53,6 +54,22 @@ class TokenizedPair:
 
 
 @dataclass(frozen=True)
+class SharedRows:
+    """How packed tokens spread into attention rows, for layouts in which sequences share tokens.
+
+    Row n of attention is sequence n, prompt included: its place t holds packed token `gather[n, t]` (places behind its
+    end hold any token). Packed token p takes its result from place `scatter[p]` of the flattened rows.
+    """
+
+    gather: Int[Tensor, "N L"]
+    scatter: Int[Tensor, " T"]
+
+    def to(self, device: torch.device | str) -> SharedRows:
+        """The same map on another device."""
+        return SharedRows(self.gather.to(device), self.scatter.to(device))
+
+
+@dataclass(frozen=True)
 class Batch:
     """N sequences laid out for one forward pass, whatever the layout, and the way back from tokens to sequences.
 
@@ -62,7 +79,7 @@ class Batch:
     pairs in the order of the sequences.
     """
 
-    model_inputs: dict[str, Tensor]
+    model_inputs: dict[str, Any]
     hidden_rows: Int[Tensor, " M"]
     target_ids: Int[Tensor, " M"]
     sequence_ids: Int[Tensor, " M"]
@@ -72,7 +89,7 @@ class Batch:
     def to(self, device: torch.device | str) -> Batch:
         """The same batch on another device."""
         return Batch(
-            model_inputs={name: tensor.to(device) for name, tensor in self.model_inputs.items()},
+            model_inputs={name: value.to(device) for name, value in self.model_inputs.items()},
             hidden_rows=self.hidden_rows.to(device),
             target_ids=self.target_ids.to(device),
             sequence_ids=self.sequence_ids.to(device),

@@ -40,7 +40,7 @@ def training_line(step: int, num_steps: int, random_: random.Random, spread: flo
         "rewards/margins": margin,
         "logps/chosen": -120 - 6 * done + noise(4),
         "logps/rejected": -150 - 10 * margin + noise(4),
-        "kl": 5 * done + noise(0.3),
+        "kl": 0.12 * done + abs(noise(0.008)),
         "entropy": 1.4 - 0.3 * done + noise(0.02),
         "length/chosen": 42 + noise(5),
         "length/rejected": 61 + noise(5),
@@ -145,7 +145,7 @@ def parts_of_a_run(num_steps: int = 120, eval_every: int = 20) -> dict[str, Any]
         "metrics.jsonl": metric_lines(num_steps, eval_every),
         "events.jsonl": [
             {"step": 0, "severity": "info", "code": "layout", "message": "Rows are packed: lengths differ a lot."},
-            {"step": 60, "severity": "warn", "code": "kl-high", "message": "KL is above 2 nats per completion."},
+            {"step": 60, "severity": "warn", "code": "kl-high", "message": "KL is above 0.1 nats per token."},
         ],
         "samples.jsonl": sample_lines(),
         "pairs.jsonl": pair_lines(),

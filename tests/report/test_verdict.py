@@ -64,11 +64,11 @@ def test_loss_that_turned_up_again_is_named() -> None:
 
 
 def test_falling_chosen_logps_are_not_hidden() -> None:
-    said = text(run_with({"logps/chosen": (-100.0, -120.0), "logps/rejected": (-100.0, -180.0), "kl": (0.0, 4.5)}))
+    said = text(run_with({"logps/chosen": (-100.0, -120.0), "logps/rejected": (-100.0, -180.0), "kl": (0.0, 0.045)}))
     assert (
         "became less probable, from −100 to −120 nats; the margin grew because the rejected ones fell further" in said
     )
-    assert "4.5 nats from its reference" in said
+    assert "0.045 nats per token away from its reference" in said
     assert "became more probable" in text(run_with({"logps/chosen": (-100.0, -90.0)}))
 
 

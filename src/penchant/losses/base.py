@@ -61,7 +61,7 @@ def build_loss(settings: Mapping[str, Any]) -> PairLoss:
         UserError: an unknown name or field (the nearest is named), or a value that the loss refuses.
     """
     fields = dict(settings)
-    name = fields.pop("name")
+    name = str(fields.pop("name"))
     if name not in LOSSES:
         raise UserError(f"loss.name: there is no loss '{name}'{nearest(name, LOSSES)}. There are: {', '.join(LOSSES)}.")
     known = {field.name: field for field in dataclasses.fields(LOSSES[name])}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 import torch.nn.functional as F
@@ -79,5 +80,5 @@ class IPOLoss(PairLoss, name="ipo"):
 
 
 def _require_positive_beta(beta: float) -> None:
-    if not beta > 0:
-        raise ValueError(f"beta: must be above 0, got {beta}")
+    if not 0 < beta < math.inf:
+        raise ValueError(f"beta: must be above 0 and finite, got {beta}")

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import inspect
 from dataclasses import dataclass
+from typing import Any
 from weakref import WeakKeyDictionary
 
 import torch
@@ -141,7 +142,7 @@ def _agrees(head: _Head, model: nn.Module, batch: Batch) -> bool:
     return found.shape == expected.shape and torch.allclose(found, expected, rtol=tolerance, atol=tolerance)
 
 
-def _own_logits(model: nn.Module, model_inputs: dict[str, Tensor]) -> Float[Tensor, "rows T V"]:
+def _own_logits(model: nn.Module, model_inputs: dict[str, Any]) -> Float[Tensor, "rows T V"]:
     """Logits of any module: called with the inputs that its forward names, or with the ids alone."""
     parameters = inspect.signature(model.forward).parameters
     takes_any = any(parameter.kind is parameter.VAR_KEYWORD for parameter in parameters.values())

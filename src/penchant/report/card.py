@@ -140,7 +140,7 @@ def _results(run: RunRecord, accuracy: verdict.Accuracy | None) -> list[tuple[st
         ("reward margin", "rewards/margins"),
         ("log-probability of the chosen completion, nats", "logps/chosen"),
         ("log-probability of the rejected completion, nats", "logps/rejected"),
-        ("KL to the reference (estimate, nats)", "kl"),
+        ("KL to the reference on these completions, nats per token", "kl"),
     ):
         measured = verdict.change(run, name)
         if measured.after is not None:

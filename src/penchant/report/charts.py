@@ -7,7 +7,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from xml.etree.ElementTree import Element, SubElement, tostring
 
-from penchant.report.figures import number
+from penchant.report.figures import Number, number
 from penchant.report.series import Point, Series, spread_evenly, thin
 
 WIDTH, HEIGHT = 360, 212
@@ -31,7 +31,7 @@ class Baseline:
     """A level to compare the curves with."""
 
     label: str
-    value: float
+    value: Number
 
 
 @dataclass(frozen=True)
@@ -39,7 +39,7 @@ class Group:
     """The values of one distribution of a histogram."""
 
     label: str
-    values: Sequence[float]
+    values: Sequence[Number]
     kind: str
 
 
@@ -47,8 +47,8 @@ class Group:
 class Bin:
     """One interval of a histogram and the number of values of each group in it."""
 
-    low: float
-    high: float
+    low: Number
+    high: Number
     counts: tuple[int, ...]
 
 
@@ -56,30 +56,30 @@ class Bin:
 class Scale:
     """The straight map from a quantity to a coordinate of the drawing."""
 
-    low: float
-    high: float
-    start: float
-    end: float
-    step: float
+    low: Number
+    high: Number
+    start: Number
+    end: Number
+    step: Number
     """The distance of its ticks."""
 
-    def __call__(self, value: float) -> float:
+    def __call__(self, value: Number) -> Number:
         return self.start + (value - self.low) / (self.high - self.low) * (self.end - self.start)
 
 
-def nice_step(raw: float) -> float:
+def nice_step(raw: Number) -> Number:
     """The smallest of 1, 2, 2.5 and 5 times a power of ten that is at least `raw`."""
     power = 10.0 ** math.floor(math.log10(raw))
     return next(factor * power for factor in (1, 2, 2.5, 5, 10) if factor * power >= raw * (1 - 1e-9))
 
 
-def ticks(scale: Scale) -> list[float]:
+def ticks(scale: Scale) -> list[Number]:
     """The multiples of the scale's step that lie on it."""
     first, last = math.ceil(scale.low / scale.step - 1e-9), math.floor(scale.high / scale.step + 1e-9)
     return [_multiple(i, scale.step) for i in range(first, last + 1)]
 
 
-def tick_labels(values: Sequence[float], step: float) -> list[str]:
+def tick_labels(values: Sequence[Number], step: Number) -> list[str]:
     """The values with just the digits that tell neighbours apart."""
     largest = max((abs(value) for value in values), default=0.0)
     last_digit = math.floor(math.log10(step))
@@ -103,7 +103,7 @@ def line_chart(name: str, title: str, lines: Sequence[Line], baselines: Sequence
     for baseline in baselines:
         height = _coordinate(y(baseline.value))
         SubElement(svg, "line", {"class": "base", "x1": str(LEFT), "x2": str(RIGHT), "y1": height, "y2": height})
-    for line in lines:
+    for line in sorted(lines, key=lambda line: line.marked):  # the noisy curves first, under the others
         _draw_line(svg, line, x, y)
     return tostring(svg, encoding="unicode")
 
@@ -143,7 +143,7 @@ def swatch(kind: str, marked: bool = False, area: bool = False) -> str:
     return tostring(svg, encoding="unicode")
 
 
-def _room(low: float, high: float, least: float) -> tuple[float, float]:
+def _room(low: Number, high: Number, least: Number) -> tuple[Number, Number]:
     """The range itself, or some room around it when it is a single value to the eye of a double."""
     if high - low > 1e-9 * max(abs(low), abs(high)):
         return low, high
@@ -151,7 +151,7 @@ def _room(low: float, high: float, least: float) -> tuple[float, float]:
     return low - half, high + half
 
 
-def _value_scale(values: Sequence[float]) -> Scale:
+def _value_scale(values: Sequence[Number]) -> Scale:
     low, high = _room(min(values), max(values), 0.0)
     if low == high:  # All values are 0.
         low, high = low - 0.5, high + 0.5
@@ -160,7 +160,7 @@ def _value_scale(values: Sequence[float]) -> Scale:
     return Scale(_multiple(first, step), _multiple(last, step), BOTTOM, TOP, step)
 
 
-def _step_scale(first: float, last: float) -> Scale:
+def _step_scale(first: Number, last: Number) -> Scale:
     low, high = _room(min(first, 0.0), last, 1.0)
     step = nice_step((high - low) / 4)
     # There is no step 2.5 of a training.
@@ -228,7 +228,7 @@ def _line_class(kind: str, marked: bool) -> str:
     return f"line {kind} held-out" if marked else f"line {kind}"
 
 
-def _draw_marker(svg: Element, x: float, y: float, kind: str) -> None:
+def _draw_marker(svg: Element, x: Number, y: Number, kind: str) -> None:
     if kind == "first":
         place = {"cx": _coordinate(x), "cy": _coordinate(y), "r": "2.7"}
         SubElement(svg, "circle", {"class": f"mark {kind}", **place})
@@ -237,9 +237,9 @@ def _draw_marker(svg: Element, x: float, y: float, kind: str) -> None:
         SubElement(svg, "rect", {"class": f"mark {kind}", **place})
 
 
-def _unbroken(points: Sequence[Point]) -> Iterator[list[tuple[float, float]]]:
+def _unbroken(points: Sequence[Point]) -> Iterator[list[tuple[Number, Number]]]:
     """The stretches between values that are not finite."""
-    run: list[tuple[float, float]] = []
+    run: list[tuple[Number, Number]] = []
     for step, value in points:
         if value is not None:
             run.append((step, value))
@@ -266,17 +266,17 @@ def _count(groups: Sequence[Group], target: int = 20) -> list[Bin]:
     ]
 
 
-def _multiple(i: int, step: float) -> float:
+def _multiple(i: int, step: Number) -> Number:
     """i * step without the rounding noise of 3 * 0.1, which would otherwise stand in a label."""
     return round(i * step, 12 - math.floor(math.log10(step)))
 
 
-def _scientific(value: float, last_digit: int) -> str:
+def _scientific(value: Number, last_digit: int) -> str:
     if value == 0:
         return "0"
     mantissa, power = f"{value:.{max(0, math.floor(math.log10(value)) - last_digit)}e}".split("e")
     return f"{mantissa.rstrip('0').rstrip('.') if '.' in mantissa else mantissa}e{int(power)}"
 
 
-def _coordinate(value: float) -> str:
+def _coordinate(value: Number) -> str:
     return f"{value:.1f}"

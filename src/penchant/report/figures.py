@@ -6,8 +6,11 @@ import math
 
 MISSING = "–"
 
+Number = int | float
+"""A count, shown in full, or a measurement, shown with three digits."""
 
-def number(value: float | None) -> str:
+
+def number(value: Number | None) -> str:
     """Three significant digits, integers in full: 0.693, 12,345, 1e-5, and a dash for None.
 
     A value that was rounded keeps its zeros (0.0999 is 0.0999, 0.09996 is 0.100), one that is exact does not.
@@ -32,12 +35,12 @@ def _without_trailing_zeros(text: str) -> str:
     return text.rstrip("0").rstrip(".") if "." in text else text
 
 
-def percent(share: float | None) -> str:
+def percent(share: Number | None) -> str:
     """A share of 1 as a percentage with one decimal: 0.875 is 87.5%."""
     return MISSING if share is None else f"{share * 100:.1f}%"
 
 
-def duration(seconds: float | None) -> str:
+def duration(seconds: Number | None) -> str:
     """Seconds in the two largest units that fit: 62 s, 4 min 10 s, 1 h 2 min, 3 d 4 h."""
     if seconds is None:
         return MISSING
@@ -50,7 +53,7 @@ def duration(seconds: float | None) -> str:
     return f"{whole // 60} min {whole % 60} s"
 
 
-def size(num_bytes: float | None) -> str:
+def size(num_bytes: Number | None) -> str:
     """Bytes in binary units: 11.2 GiB."""
     if num_bytes is None:
         return MISSING
@@ -62,7 +65,7 @@ def size(num_bytes: float | None) -> str:
     return f"{number(value)} TiB"
 
 
-def magnitude(count: float | None) -> str:
+def magnitude(count: Number | None) -> str:
     """A large count in thousands, millions or billions: 135 million."""
     if count is None:
         return MISSING
@@ -72,7 +75,7 @@ def magnitude(count: float | None) -> str:
     return number(count)
 
 
-def wilson_interval(share: float, num_trials: int, z: float = 1.959964) -> tuple[float, float]:
+def wilson_interval(share: Number, num_trials: int, z: float = 1.959964) -> tuple[float, float]:
     """The interval around a share of `num_trials` independent trials; z = 1.96 makes it one of 95 %.
 
     (p + z^2/2n -+ z sqrt(p (1 - p)/n + z^2/4n^2)) / (1 + z^2/n): Eq. 4 of Brown, Cai and DasGupta 2001 ("Interval

@@ -15,7 +15,7 @@ from markupsafe import Markup
 
 from penchant.report import verdict
 from penchant.report.charts import Baseline, Group, Line, histogram, line_chart, swatch
-from penchant.report.figures import duration, magnitude, number, percent, size
+from penchant.report.figures import Number, duration, magnitude, number, percent, size
 from penchant.report.rundir import HELD_OUT, PairRewards, RunRecord, as_mapping, read_run, write_whole
 from penchant.report.series import Series, finite, spread_evenly
 
@@ -33,7 +33,7 @@ class Curve:
     title: str
     unit: str
     metrics: tuple[tuple[str, str], ...]
-    factor: float = 1.0
+    factor: Number = 1.0
 
 
 CURVES = (
@@ -42,7 +42,7 @@ CURVES = (
     Curve("Reward margin", "chosen minus rejected", (("rewards/margins", ""),)),
     Curve("Rewards", "mean over pairs", (("rewards/chosen", "chosen"), ("rewards/rejected", "rejected"))),
     Curve("Log-probabilities", "nats per completion", (("logps/chosen", "chosen"), ("logps/rejected", "rejected"))),
-    Curve("KL to the reference", "estimate, nats", (("kl", ""),)),
+    Curve("KL to the reference", "nats per token", (("kl", ""),)),
     Curve("Entropy", "nats per token", (("entropy", ""),)),
     Curve("Lengths", "tokens per completion", (("length/chosen", "chosen"), ("length/rejected", "rejected"))),
     Curve("Learning rate", "", (("learning_rate", ""),)),
@@ -114,7 +114,7 @@ def _key_figures(run: RunRecord) -> list[tuple[str, str, str]]:
         if measured.after is not None:
             before = "" if measured.before is None else f"before training {number(measured.before)}"
             found.append((label, number(measured.after), before))
-    known: list[tuple[str, str, str, Callable[[float | None], str]]] = [
+    known: list[tuple[str, str, str, Callable[[Number | None], str]]] = [
         ("Steps", "steps", "", number),
         ("Pairs seen", "pairs_seen", "", number),
         ("Time", "wall_s", "", duration),
@@ -224,7 +224,7 @@ def _table(lines: Sequence[Line]) -> tuple[list[list[str]], int]:
     return rows, len(all_steps)
 
 
-def _cell(column: Mapping[float, float | None], step: float) -> str:
+def _cell(column: Mapping[Number, Number | None], step: Number) -> str:
     if step not in column:
         return ""
     value = column[step]

@@ -11,6 +11,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from penchant.errors import UserError
+from penchant.report.figures import Number
 from penchant.report.series import Series, finite
 
 HELD_OUT = "eval_"
@@ -24,13 +26,13 @@ _UNSHOWABLE = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\ud800-\udfff\ufffe\uffff]
 class PairRewards:
     """The rewards of the pairs of one split after training, and the pairs at both ends of the margin."""
 
-    chosen: list[float] = field(default_factory=list)
-    rejected: list[float] = field(default_factory=list)
+    chosen: list[Number] = field(default_factory=list)
+    rejected: list[Number] = field(default_factory=list)
     most: list[dict[str, Any]] = field(default_factory=list)
     least: list[dict[str, Any]] = field(default_factory=list)
 
     @property
-    def margins(self) -> list[float]:
+    def margins(self) -> list[Number]:
         """Chosen reward minus rejected reward, pair by pair."""
         return [chosen - rejected for chosen, rejected in zip(self.chosen, self.rejected, strict=True)]
 
@@ -65,15 +67,13 @@ def read_run(run_dir: Path) -> RunRecord:
         UserError: there is no such directory.
     """
     if not run_dir.is_dir():
-        from penchant.errors import UserError
-
         raise UserError(f"{run_dir}: there is no such run directory")
     run = RunRecord(name=clean(run_dir.resolve().name))
     run.run_file = _read_text(run_dir / "run.yaml")
     run.data = _read_json(run_dir / "data.json")
     run.summary = _read_json(run_dir / "summary.json")
-    run.events = list(_read_lines(run_dir / "events.jsonl", run))
-    run.samples = list(_read_lines(run_dir / "samples.jsonl", run))
+    run.events = [_clean_all(row) for row in _read_lines(run_dir / "events.jsonl", run)]
+    run.samples = [_clean_all(row) for row in _read_lines(run_dir / "samples.jsonl", run)]
     _read_metrics(run_dir / "metrics.jsonl", run)
     _read_pairs(run_dir / "pairs.jsonl", run)
     return run
@@ -123,7 +123,7 @@ def _read_text(path: Path) -> str:
 
 def _parse(text: str) -> dict[str, Any] | None:
     try:
-        return as_mapping(_clean_all(json.loads(text)))
+        return as_mapping(json.loads(text))
     except (ValueError, RecursionError):
         return None
 
@@ -131,7 +131,7 @@ def _parse(text: str) -> dict[str, Any] | None:
 def _read_json(path: Path) -> dict[str, Any]:
     if not path.is_file():
         return {}
-    return _parse(path.read_text(encoding="utf-8", errors="replace")) or {}
+    return as_mapping(_clean_all(_parse(path.read_text(encoding="utf-8", errors="replace"))))
 
 
 def _read_lines(path: Path, run: RunRecord) -> Iterator[dict[str, Any]]:
@@ -148,7 +148,7 @@ def _read_lines(path: Path, run: RunRecord) -> Iterator[dict[str, Any]]:
 
 
 def _read_metrics(path: Path, run: RunRecord) -> None:
-    values: dict[str, dict[float, float | None]] = {}
+    values: dict[str, dict[Number, Number | None]] = {}
     for row in _read_lines(path, run):
         step = finite(row.get("step"))
         if step is None:
@@ -157,7 +157,7 @@ def _read_metrics(path: Path, run: RunRecord) -> None:
             if name not in _NO_MEASUREMENT and (value is None or isinstance(value, int | float)):
                 # A resumed run writes the steps after its checkpoint again: the later line counts.
                 values.setdefault(name, {})[step] = finite(value)
-    run.metrics = {name: Series(tuple(sorted(points.items()))) for name, points in values.items()}
+    run.metrics = {clean(name): Series(tuple(sorted(points.items()))) for name, points in values.items()}
 
 
 def _read_pairs(path: Path, run: RunRecord, num_kept: int = 5) -> None:
@@ -171,7 +171,7 @@ def _read_pairs(path: Path, run: RunRecord, num_kept: int = 5) -> None:
         rewards.chosen.append(chosen)
         rewards.rejected.append(rejected)
         rows = waiting.setdefault(split, [])
-        rows.append({**row, "margin": chosen - rejected})
+        rows.append({**_clean_all(row), "margin": chosen - rejected})
         if len(rows) >= 1000:  # Only the ends are kept, so the texts of a large data set do not pile up.
             _keep_ends(rewards, rows, num_kept)
     for split, rows in waiting.items():

@@ -7,7 +7,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
-Point = tuple[float, float | None]
+from penchant.report.figures import Number
+
+Point = tuple[Number, Number | None]
 """A step and the value at it; None where the value was not finite."""
 
 T = TypeVar("T")
@@ -20,17 +22,17 @@ class Series:
     points: tuple[Point, ...]
 
     @property
-    def finite(self) -> list[tuple[float, float]]:
+    def finite(self) -> list[tuple[Number, Number]]:
         """The points whose value is a number."""
         return [(step, value) for step, value in self.points if value is not None]
 
     @property
-    def first(self) -> float | None:
+    def first(self) -> Number | None:
         """The first value that is a number."""
         return next((value for _, value in self.points if value is not None), None)
 
     @property
-    def last(self) -> float | None:
+    def last(self) -> Number | None:
         """The last value that is a number."""
         return next((value for _, value in reversed(self.points) if value is not None), None)
 
@@ -39,12 +41,12 @@ class Series:
         """Whether the very last value is not finite: the run has diverged."""
         return bool(self.points) and self.points[-1][1] is None
 
-    def scaled(self, factor: float) -> Series:
+    def scaled(self, factor: Number) -> Series:
         """The same series in another unit."""
         return Series(tuple((step, None if value is None else value * factor) for step, value in self.points))
 
 
-def finite(value: Any) -> float | None:
+def finite(value: Any) -> Number | None:
     """The value as a number; None for what is no number, not finite, or too large for the arithmetic of an axis."""
     if isinstance(value, bool) or not isinstance(value, int | float):
         return None

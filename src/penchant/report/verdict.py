@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from penchant.report.figures import number, percent, wilson_interval
+from penchant.report.figures import Number, number, percent, wilson_interval
 from penchant.report.rundir import HELD_OUT, RunRecord
 from penchant.report.series import finite
 
@@ -15,9 +15,9 @@ ACCURACY = "rewards/accuracies"
 class Change:
     """A held-out measurement before training (None when there was none at step 0) and at its last step."""
 
-    before: float | None
-    after: float | None
-    lowest: float | None
+    before: Number | None
+    after: Number | None
+    lowest: Number | None
     diverged: bool
 
 
@@ -28,11 +28,11 @@ class Accuracy:
     `interval` is the 95 % Wilson interval of `after`, None when the number of pairs is unknown.
     """
 
-    before: float | None
-    after: float
+    before: Number | None
+    after: Number
     num_pairs: int | None
-    interval: tuple[float, float] | None
-    longer_wins: float | None
+    interval: tuple[Number, Number] | None
+    longer_wins: Number | None
     starts_at_reference: bool
 
 
@@ -70,7 +70,7 @@ def num_held_out(run: RunRecord) -> int | None:
     return len(run.pairs["eval"].chosen) if "eval" in run.pairs else None
 
 
-def longer_wins(run: RunRecord) -> float | None:
+def longer_wins(run: RunRecord) -> Number | None:
     """The share of pairs in which the chosen completion is the longer one: held-out pairs if there are any."""
     share = finite(run.part("eval").get("longer_wins"))
     return share if share is not None else finite(run.part("train").get("longer_wins"))
@@ -81,7 +81,7 @@ def has_held_out(run: RunRecord) -> bool:
     return any(name.startswith(HELD_OUT) for name in run.metrics)
 
 
-def tail_mean(run: RunRecord, name: str) -> tuple[float, int] | None:
+def tail_mean(run: RunRecord, name: str) -> tuple[Number, int] | None:
     """The mean of a training measurement over the last tenth of its lines, and the number of those lines."""
     values = [value for _, value in run.series(name).finite]
     if not values:
@@ -192,7 +192,7 @@ def _distance(run: RunRecord) -> list[str]:
         kl, where = run.series("kl").last, "training"
     if kl is None:
         return []
-    return [f"The model stands {number(kl)} nats from its reference (KL estimate on {where} completions)."]
+    return [f"On the {where} completions it has moved {number(kl)} nats per token away from its reference (KL)."]
 
 
 def _chosen_logps(run: RunRecord) -> list[str]:

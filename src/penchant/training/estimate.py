@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 import torch
 
-from penchant.layouts import padded
+from penchant.scoring.layout import Layout
 from penchant.scoring.policy import Policy
 from penchant.training.step import trainable_parameters
 from penchant.types import TokenizedPair
@@ -23,6 +23,7 @@ class Estimate:
 
 def estimate_run(
     policy: Policy,
+    layout: Layout,
     pairs: list[TokenizedPair],
     tokens_to_learn: float,
     tokens_to_score: float,
@@ -37,8 +38,8 @@ def estimate_run(
         largest_microbatch: tokens of the largest microbatch: its activations make the peak.
     """
     typical = sorted(pairs, key=lambda pair: pair.num_tokens)[len(pairs) // 2]
-    batch = padded.collate([typical]).to(policy.device)
-    num_tokens = padded.cost([typical])
+    batch = layout.collate([typical]).to(policy.device)
+    num_tokens = layout.cost([typical])
     kept: dict[int, int] = {}
 
     def count(tensor: torch.Tensor) -> torch.Tensor:

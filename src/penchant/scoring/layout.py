@@ -1,0 +1,95 @@
+"""Which layout a run uses, and why: the fastest that is exact for the model in hand."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import torch
+
+from penchant.errors import UserError
+from penchant.layouts import padded, prefix_shared
+from penchant.models.attention import use_shared_rows
+from penchant.scoring.policy import Policy
+from penchant.types import Batch, TokenizedPair
+
+
+@dataclass(frozen=True)
+class Layout:
+    """How pairs become a batch, what that costs in tokens, and the sentence that says why it was chosen."""
+
+    name: str
+    collate: Callable[[Sequence[TokenizedPair]], Batch]
+    cost: Callable[[Sequence[TokenizedPair]], int]
+    reason: str
+
+
+PADDED = Layout("padded", padded.collate, padded.cost, "padded: a row a sequence, filled up")
+PREFIX_SHARED = Layout(
+    "prefix_shared",
+    prefix_shared.collate,
+    prefix_shared.cost,
+    "prefix_shared: each prompt computed once for both completions, nothing filled up",
+)
+
+
+def choose_layout(policy: Policy, wanted: str, pairs: Sequence[TokenizedPair]) -> Layout:
+    """`wanted` is padded, prefix_shared or auto (prefix_shared where it is exact); some real pairs are tried.
+
+    Raises:
+        UserError: prefix_shared was asked for and is not exact for this model.
+    """
+    if wanted == "padded":
+        return PADDED
+    trouble = trouble_with_sharing(policy, pairs)
+    if trouble is None:
+        return PREFIX_SHARED
+    if wanted == "prefix_shared":
+        raise UserError(f"layout: prefix_shared cannot be used with this model: {trouble}; set layout: padded.")
+    return Layout("padded", padded.collate, padded.cost, f"{PADDED.reason} (prefixes not shared: {trouble})")
+
+
+def trouble_with_sharing(policy: Policy, pairs: Sequence[TokenizedPair]) -> str | None:
+    """Makes the model attend in shared rows and holds it against padded rows; None where both agree.
+
+    Layers that carry a state from token to token (convolutions, linear attention, state spaces) let one completion see
+    the other, and nothing but numbers shows it. Where they disagree the model is left attending as before.
+    """
+    model = policy.model
+    before = getattr(getattr(model, "config", None), "_attn_implementation", None)
+    if before is None:
+        return "it is not a transformers model"
+    # The ends of a few real rows: several in one batch, since leaks show between neighbours; short, to be quick.
+    tried = [
+        TokenizedPair(pair.prompt_ids[-16:], pair.chosen_ids[:8], pair.rejected_ids[:6], pair.index)
+        for pair in pairs[:3]
+    ]
+    expected, expected_gradient = _scores(policy, padded.collate(tried))
+    if not use_shared_rows(model):
+        model.set_attn_implementation(before)  # type: ignore[operator]
+        return "its attention cannot be exchanged"
+    try:
+        found, gradient = _scores(policy, prefix_shared.collate(tried))
+    except (NotImplementedError, RuntimeError, TypeError, ValueError) as error:
+        model.set_attn_implementation(before)  # type: ignore[operator]
+        return f"its attention does not fit ({str(error).splitlines()[0]})"
+    difference = (found - expected).abs().max().item()
+    off = (gradient - expected_gradient).norm().item() / max(expected_gradient.norm().item(), 1e-30)
+    tolerance = 2e-3 if policy.precision == "float32" else 0.5
+    if not (difference <= tolerance and off <= (1e-2 if policy.precision == "float32" else 0.2)):
+        model.set_attn_implementation(before)  # type: ignore[operator]
+        return f"log-probabilities of the same tokens differ by {difference:.2g} nats, gradients by {off:.0%}"
+    return None
+
+
+def _scores(policy: Policy, batch: Batch) -> tuple[torch.Tensor, torch.Tensor]:
+    """Token log-probabilities, and the gradient of their sum in the input embeddings."""
+    weight = policy.model.get_input_embeddings().weight  # type: ignore[operator]
+    was_trained = weight.requires_grad
+    weight.requires_grad_(True)
+    try:
+        logps = policy.token_logps(batch).logps
+        (gradient,) = torch.autograd.grad(logps.sum(), weight)
+    finally:
+        weight.requires_grad_(was_trained)
+    return logps.detach(), gradient
