@@ -20,7 +20,7 @@ from torch import nn
 
 torch.set_num_threads(1)  # tiny tensors gain nothing from more, and the order of sums stays the same
 
-WORDS = "the a cat dog sat ran on under red blue mat tree what is one two three capital of France Paris yes no".split()
+WORDS = ["the", "a", "cat", "dog", "sat", "ran", "on", "under", "red", "blue", "mat", "tree", "what", "is", "one", "two", "three", "capital", "of", "France", "Paris", "yes", "no"]
 CHAT_TEMPLATE = (
     "{% for message in messages %}{{ '<|im_start|>' + message['role'] + '\n' + message['content'] + '<|im_end|>\n' }}"
     "{% endfor %}{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
@@ -38,7 +38,10 @@ def tokenizer() -> Any:
     bpe.decoder = decoders.ByteLevel()
     special = ["<|endoftext|>", "<|im_start|>", "<|im_end|>"]
     trainer = trainers.BpeTrainer(
-        vocab_size=320, special_tokens=special, initial_alphabet=pre_tokenizers.ByteLevel.alphabet(), show_progress=False
+        vocab_size=320,
+        special_tokens=special,
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
     )
     bpe.train_from_iterator([" ".join(WORDS)] * 20, trainer)
     made = PreTrainedTokenizerFast(tokenizer_object=bpe, eos_token="<|im_end|>", bos_token="<|im_start|>")

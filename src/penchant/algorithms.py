@@ -112,12 +112,13 @@ class PairAlgorithm:
         rejected_mask: Bool[Tensor, "B R"] | None = None,
     ) -> PairLogps:
         """Log-probabilities of B pairs under policy (with gradient) and reference (without)."""
-        columns = [
+        rows = zip(
             self._rows(prompt, prompt_mask),
             self._rows(chosen, chosen_mask),
             self._rows(rejected, rejected_mask),
-        ]
-        pairs = [TokenizedPair(*row, index=index) for index, row in enumerate(zip(*columns, strict=True))]
+            strict=True,
+        )
+        pairs = [TokenizedPair(x, y_w, y_l, index) for index, (x, y_w, y_l) in enumerate(rows)]
         batch = padded.collate(pairs).to(next(self.model.parameters()).device)
         policy_logps = token_logps(self.model, batch).logps
         return pair_logps(batch, policy_logps, self._ref_logps(batch))

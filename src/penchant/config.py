@@ -131,9 +131,9 @@ class RunConfig(_Section):
             raise ValueError(f"reference.model: has no effect with reference.kind {self.reference.kind}")
         if self.reference.offload and self.reference.kind not in ("copy", "model"):
             raise ValueError("reference.offload: only a reference of kind copy or model can be kept in host memory")
-        if not self.lora.rank and self.lora.model_fields_set - {"rank"}:
+        if not self.lora.rank and self.lora != LoraConfig():
             raise ValueError("lora: its settings have no effect without lora.rank")
-        if self.eval_data and "eval_size" in self.model_fields_set:
+        if self.eval_data and self.eval_size not in (0, type(self).model_fields["eval_size"].default):
             raise ValueError("eval_size: has no effect with eval_data")
         return self
 
@@ -148,9 +148,10 @@ class RunConfig(_Section):
         """`learning_rate`, or the field's default for full weights or LoRA."""
         return self.learning_rate or (5e-6 if self.lora.rank else 5e-7)
 
-    def to_yaml(self) -> str:
-        """The run file that repeats this run."""
-        return yaml.safe_dump(self.model_dump(exclude_none=True), sort_keys=False, allow_unicode=True)
+    def to_yaml(self, **resolved: Any) -> str:
+        """The run file that repeats this run, with what was `resolved` in the place of defaults."""
+        settings = {**self.model_dump(exclude_none=True), **resolved}
+        return yaml.safe_dump(settings, sort_keys=False, allow_unicode=True)
 
 
 def load_config(run_file: str | None, overrides: Mapping[str, Any]) -> RunConfig:

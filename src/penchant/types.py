@@ -52,6 +52,11 @@ class TokenizedPair:
         """Tokens of the longer of the two sequences."""
         return len(self.prompt_ids) + max(len(self.chosen_ids), len(self.rejected_ids))
 
+    @property
+    def num_scored_tokens(self) -> int:
+        """Tokens of both sequences, the prompt counted twice: what any layout has to account for."""
+        return 2 * len(self.prompt_ids) + len(self.chosen_ids) + len(self.rejected_ids)
+
 
 @dataclass(frozen=True)
 class SharedRows:

@@ -150,6 +150,7 @@ def test_missing_reference_is_refused_where_one_is_needed(loss: PairLoss) -> Non
 def test_loss_compiles_into_one_graph(loss: PairLoss, monkeypatch: pytest.MonkeyPatch) -> None:
     # The tracer alone (backend "eager"): it breaks, or not, where the compiler would. The shape checks are for tests.
     monkeypatch.setattr(jaxtyping.config, "jaxtyping_disable", True)
+    torch.compiler.reset()
     logps = random_logps(loss)
     compiled = torch.compile(loss, fullgraph=True, backend="eager")
     torch.testing.assert_close(compiled(logps), loss(logps), rtol=0, atol=0)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 
 import torch
@@ -27,7 +27,7 @@ def evaluate_pairs(
     policy: Policy,
     reference: Reference | None,
     loss: PairLoss,
-    batches: Sequence[Batch],
+    batches: Iterable[Batch],
     advance: Callable[[int], None],
 ) -> PairEvaluation:
     """Scores pairs without learning from them; calls `advance(pairs)` after each batch."""

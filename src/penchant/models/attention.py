@@ -20,8 +20,8 @@ IMPLEMENTATION = "penchant_shared_rows"
 def attend_in_rows(
     module: nn.Module,
     query: Float[Tensor, "one Hq T D"],
-    key: Float[Tensor, "one Hk T D"],
-    value: Float[Tensor, "one Hk T Dv"],
+    key: Float[Tensor, "one Hk S D"],
+    value: Float[Tensor, "one Hk S Dv"],
     attention_mask: Tensor | None,
     shared_rows: SharedRows | None = None,
     sliding_window: int | None = None,

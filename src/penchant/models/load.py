@@ -4,15 +4,18 @@ from __future__ import annotations
 
 import hashlib
 import os
+import re
 import shutil
 import tempfile
 from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from torch import nn
 
 from penchant.errors import UserError
+from penchant.models.logps import evaluation_mode
 
 PLAIN_CHAT_TEMPLATE = (
     "{% for message in messages %}"
@@ -35,33 +38,32 @@ def load_model_and_tokenizer(name: str, device: torch.device | str = "cpu") -> t
     Raises:
         UserError: there is no such model, it is not a causal language model, or it would need code from strangers.
     """
-    from transformers import AutoModelForCausalLM, AutoTokenizer
-
-    path = _local_folder(name)
     try:
-        if (Path(path) / "adapter_config.json").exists():
-            model = _merged_adapter(path)
-        else:
-            model = AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32, trust_remote_code=False)
-        tokenizer = AutoTokenizer.from_pretrained(path, trust_remote_code=False)
-    except (OSError, ValueError, KeyError) as error:
-        raise UserError(f"model: '{name}' cannot be loaded. {_first_sentence(error)}") from error
+        path = _local_folder(name)
+        is_adapter = (Path(path) / "adapter_config.json").exists()
+        model, tokenizer = _merged_adapter(path) if is_adapter else (_complete_model(path), _tokenizer(path))
+    except (OSError, ValueError, KeyError, RuntimeError, ImportError, SafetensorError) as error:
+        where = "" if Path(name).expanduser().exists() else " is no local folder and"
+        raise UserError(f"model: '{name}'{where} cannot be loaded. {_first_sentence(error)}") from error
     if tokenizer.eos_token_id is None:
         raise UserError(f"model: the tokenizer of '{name}' has no end-of-sequence token, so no answer could end.")
     if tokenizer.pad_token_id is None:
         tokenizer.pad_token = tokenizer.eos_token
     disable_dropout(model)
-    return model.to(device), tokenizer
+    model = model.to(device)
+    if not _is_causal(model):
+        raise UserError(f"model: '{name}' is no causal language model: its predictions depend on later tokens.")
+    return model, tokenizer
 
 
 def disable_dropout(model: nn.Module) -> None:
-    """Sets every dropout to 0, the functional ones too.
+    """Sets every dropout to 0, the functional ones too, and what else is random in training: layer drop, router jitter.
 
     Two passes over the same pair must agree: with dropout on, policy and reference differ before the first step. Some
     attention layers read their probability from the config or keep it as a float, so modules alone are not enough.
     """
     for module in model.modules():
-        if isinstance(module, nn.Dropout):
+        if isinstance(module, nn.modules.dropout._DropoutNd):
             module.p = 0.0
         for name, value in vars(module).items():
             if _is_dropout(name, value):
@@ -73,7 +75,7 @@ def disable_dropout(model: nn.Module) -> None:
                 setattr(part, name, 0.0)
 
 
-def save_model(model: nn.Module, tokenizer: Any, folder: Path) -> None:
+def save_model(model: Any, tokenizer: Any, folder: Path) -> None:
     """Writes model (or peft adapter) and tokenizer so that transformers (or peft) loads them; safetensors only.
 
     The folder appears whole or not at all.
@@ -133,18 +135,17 @@ def _converted_gguf(path: Path) -> Path:
     if folder.exists():
         return folder
 
-    from transformers import AutoModelForCausalLM, AutoTokenizer
+    from transformers import AutoModelForCausalLM
 
     try:
         import gguf  # noqa: F401  (transformers reads GGUF files through it, and says so less clearly)
     except ImportError:
         raise UserError("model: reading .gguf files needs the package gguf: pip install 'penchant[gguf]'.") from None
-    source, file_name = str(path.parent), path.name
-    tokenizer = AutoTokenizer.from_pretrained(source, gguf_file=file_name)
-    loaded = AutoModelForCausalLM.from_pretrained(source, gguf_file=file_name, dtype=torch.float32)
+    tokenizer = _tokenizer(str(path.parent), gguf_file=path.name)
+    loaded = _complete_model(str(path.parent), gguf_file=path.name)
     # What was loaded still counts as quantized and could not be saved: its float32 weights go into a plain model.
     settings = loaded.config.to_dict()
-    del settings["quantization_config"]
+    settings.pop("quantization_config", None)
     config = type(loaded.config)(**settings)
     model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
     model.load_state_dict(loaded.state_dict())
@@ -153,16 +154,49 @@ def _converted_gguf(path: Path) -> Path:
     return folder
 
 
-def _merged_adapter(folder: str) -> nn.Module:
-    """The base model that a peft adapter names, with the adapter folded into its weights."""
+def _complete_model(path: str, **where: Any) -> nn.Module:
+    """A causal model of which every weight was found: transformers alone would make up the missing ones at random."""
+    from transformers import AutoModelForCausalLM
+
+    model, report = AutoModelForCausalLM.from_pretrained(
+        path, dtype=torch.float32, trust_remote_code=False, output_loading_info=True, **where
+    )
+    if report["missing_keys"]:
+        missing = sorted(report["missing_keys"])
+        raise ValueError(f"It lacks {len(missing)} of the weights of {type(model).__name__}, such as {missing[0]}.")
+    return model
+
+
+def _tokenizer(path: str, **where: Any) -> Any:
+    from transformers import AutoTokenizer
+
+    return AutoTokenizer.from_pretrained(path, trust_remote_code=False, **where)
+
+
+def _merged_adapter(folder: str) -> tuple[nn.Module, Any]:
+    """The base model that a peft adapter names, with the adapter folded into its weights, and the tokenizer of either."""
     from peft import AutoPeftModelForCausalLM
 
-    return AutoPeftModelForCausalLM.from_pretrained(folder, dtype=torch.float32).merge_and_unload()
+    model = AutoPeftModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+    config = model.peft_config["default"]
+    if config.is_prompt_learning:
+        raise ValueError(f"An adapter of type {config.peft_type.value} cannot be merged into its base model.")
+    has_tokenizer = (Path(folder) / "tokenizer_config.json").exists()
+    return model.merge_and_unload(), _tokenizer(folder if has_tokenizer else config.base_model_name_or_path)
+
+
+@torch.no_grad()
+def _is_causal(model: nn.Module) -> bool:
+    """Whether what stands last changes nothing before it (a BERT loads as a causal model, too)."""
+    ids = torch.tensor([[3, 4, 5, 1], [3, 4, 5, 2]], device=next(model.parameters()).device)
+    with evaluation_mode(model):
+        one, other = model(input_ids=ids, use_cache=False).logits[:, :-1]
+    return torch.allclose(one, other, rtol=1e-3, atol=1e-3)
 
 
 def _is_dropout(name: str, value: Any) -> bool:
-    return ("dropout" in name or "pdrop" in name) and isinstance(value, float)
+    return ("drop" in name or "jitter" in name) and isinstance(value, float)
 
 
 def _first_sentence(error: Exception) -> str:
-    return " ".join(str(error).split())[:300]
+    return re.split(r"(?<=[.!?]) ", " ".join(str(error).split()))[0][:300]

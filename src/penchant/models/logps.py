@@ -7,6 +7,8 @@ vocabulary is one chunk. Chunks are recomputed in the backward pass instead of k
 from __future__ import annotations
 
 import inspect
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 from weakref import WeakKeyDictionary
@@ -53,10 +55,22 @@ def token_logps(model: nn.Module, batch: Batch, with_entropies: bool = False) ->
 
 def builds_full_logits(model: nn.Module) -> bool:
     """Whether the model, scored before, had to build logits for every position because its head is not a plain one."""
-    return model in _HEADS and _HEADS[model] is None
+    return model in _CHECKED and not _CHECKED[model][1]
 
 
-@dataclass(frozen=True, eq=False)
+@contextmanager
+def evaluation_mode(model: nn.Module) -> Iterator[None]:
+    """Within it, every part of the model is in evaluation mode; behind it, each part is in the mode it was in."""
+    modes = [(part, part.training) for part in model.modules()]
+    model.eval()
+    try:
+        yield
+    finally:
+        for part, training in modes:
+            part.training = training
+
+
+@dataclass(frozen=True)
 class _Head:
     """The way from the decoder's hidden states to logits: the projection, then what some families do to its output."""
 
@@ -96,23 +110,27 @@ def _at_least_float32(logits: Tensor) -> Tensor:
     return logits.float() if logits.dtype in (torch.float16, torch.bfloat16) else logits
 
 
-_HEADS: WeakKeyDictionary[nn.Module, _Head | None] = WeakKeyDictionary()
+_CHECKED: WeakKeyDictionary[nn.Module, tuple[_Head | None, bool]] = WeakKeyDictionary()
+"""The head last found on each model, and whether it gave the model's own logits."""
 
 
 def _head_of(model: nn.Module, batch: Batch) -> _Head | None:
-    """The model's head, found once per model and held against the model's own logits; None where they differ.
+    """The model's head, held once against the model's own logits; None where they differ.
 
     Families differ in what happens between hidden states and logits (scales, soft caps, tricks yet to be invented).
-    A head that is not understood must never be silently wrong.
+    A head that is not understood must never be silently wrong, nor one that was since replaced (a resized vocabulary,
+    an adapter on the head).
     """
-    if model not in _HEADS:
-        head = _find_head(model)
-        _HEADS[model] = head if head is not None and _agrees(head, model, batch) else None
-    return _HEADS[model]
+    head = _find_head(model)
+    if model not in _CHECKED or _CHECKED[model][0] != head:
+        _CHECKED[model] = (head, head is not None and _agrees(head, model, batch))
+    return head if _CHECKED[model][1] else None
 
 
 def _find_head(model: nn.Module) -> _Head | None:
-    unwrapped = model.get_base_model() if hasattr(model, "get_base_model") else model
+    unwrapped: Any = model
+    if hasattr(unwrapped, "get_base_model"):  # a peft model
+        unwrapped = unwrapped.get_base_model()
     decoder = getattr(unwrapped, "base_model", unwrapped)
     projection = unwrapped.get_output_embeddings() if hasattr(unwrapped, "get_output_embeddings") else None
     if decoder is unwrapped or projection is None:
@@ -127,15 +145,12 @@ def _find_head(model: nn.Module) -> _Head | None:
 @torch.no_grad()
 def _agrees(head: _Head, model: nn.Module, batch: Batch) -> bool:
     ids = batch.model_inputs["input_ids"][:1, :8]
-    was_training = model.training
-    model.eval()
     try:
-        expected = _at_least_float32(model(input_ids=ids, use_cache=False).logits)
-        found = head.logits(head.decoder(input_ids=ids, use_cache=False).last_hidden_state)
+        with evaluation_mode(model):
+            expected = _at_least_float32(model(input_ids=ids, use_cache=False).logits)
+            found = head.logits(head.decoder(input_ids=ids, use_cache=False).last_hidden_state)
     except (AttributeError, TypeError):  # not the signature or the output of a causal decoder
         return False
-    finally:
-        model.train(was_training)
     tolerance = 1e-4 if expected.dtype != torch.float64 else 1e-9
     if torch.is_autocast_enabled(ids.device.type):
         tolerance = 2e-2
@@ -146,8 +161,10 @@ def _own_logits(model: nn.Module, model_inputs: dict[str, Any]) -> Float[Tensor,
     """Logits of any module: called with the inputs that its forward names, or with the ids alone."""
     parameters = inspect.signature(model.forward).parameters
     takes_any = any(parameter.kind is parameter.VAR_KEYWORD for parameter in parameters.values())
-    if "input_ids" in parameters or takes_any:
-        output = model(**model_inputs)
-    else:
-        output = model(model_inputs["input_ids"])
-    return output if isinstance(output, Tensor) else output.logits
+    takes_names = takes_any or "input_ids" in parameters
+    output = model(**model_inputs) if takes_names else model(model_inputs["input_ids"])
+    logits = output if isinstance(output, Tensor) else output.logits
+    if logits.shape[:2] != model_inputs["input_ids"].shape:
+        shapes = f"{tuple(model_inputs['input_ids'].shape)} became {tuple(logits.shape)}"
+        raise ValueError(f"the model must map token ids (rows, T) to logits (rows, T, V), but {shapes}")
+    return logits

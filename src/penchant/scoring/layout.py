@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
 
+from penchant.data.loader import microbatches
 from penchant.errors import UserError
 from penchant.layouts import padded, prefix_shared
 from penchant.models.attention import use_shared_rows
@@ -22,6 +23,14 @@ class Layout:
     collate: Callable[[Sequence[TokenizedPair]], Batch]
     cost: Callable[[Sequence[TokenizedPair]], int]
     reason: str
+
+    def batches(self, pairs: Sequence[TokenizedPair], max_tokens: int) -> Iterator[Batch]:
+        """The pairs in batches of at most `max_tokens`, longest first."""
+        return map(self.collate, self.parts(pairs, max_tokens))
+
+    def parts(self, pairs: Sequence[TokenizedPair], max_tokens: int) -> list[list[TokenizedPair]]:
+        """The pairs of each of those batches."""
+        return microbatches(pairs, max_tokens, self.cost)
 
 
 PADDED = Layout("padded", padded.collate, padded.cost, "padded: a row a sequence, filled up")

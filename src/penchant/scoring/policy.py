@@ -59,7 +59,7 @@ class Policy:
             return token_logps(self.model, batch.to(self.device), with_entropies)
 
     def log_prob(self, prompts: Sequence[Text], completions: Sequence[Text]) -> Float[Tensor, " N"]:
-        """log pi(completion | prompt) of N texts: the sum over the completion's tokens, its end token included, in nats.
+        """log pi(completion | prompt) of N texts: the sum over the completion's tokens and its end token, in nats.
 
         Differentiable with respect to the model's parameters. Prompts may be messages: they are rendered by the chat
         template, and a plain completion is then the assistant's answer. Plain prompts are taken as they are.

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import copy
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 
 import torch
@@ -103,7 +103,7 @@ class Precomputed(Reference):
     def from_batches(
         cls,
         source: Policy,
-        batches: Sequence[Batch],
+        batches: Iterable[Batch],
         is_start_of_policy: bool,
         advance: Callable[[int], None],
     ) -> Precomputed:

@@ -6,6 +6,7 @@ import dataclasses
 from collections.abc import Iterable
 
 import torch
+from torch import Tensor
 
 from penchant.errors import UserError
 from penchant.losses import PairLoss
@@ -30,7 +31,9 @@ def check_identity(
     Raises:
         UserError: the reference is the policy's own start and yet they differ; the message says why that may be.
     """
-    found, expected, deviations = [], [], []
+    found: list[Tensor] = []
+    expected: list[Tensor] = []
+    deviations: list[Tensor] = []
     policy.model.train()  # as the first step will be: dropout left on must show here
     for batch in batches:
         batch = batch.to(policy.device)

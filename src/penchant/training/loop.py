@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import shutil
 import signal
 import time
@@ -13,20 +12,19 @@ from pathlib import Path
 
 import torch
 
-from penchant.config import RunConfig
 from penchant.data import loader
 from penchant.errors import UserError
 from penchant.evaluate.pairs import PairEvaluation, evaluate_pairs
-from penchant.losses import PairLoss
 from penchant.models.load import save_model
-from penchant.scoring.layout import Layout
 from penchant.scoring.metrics import Means
 from penchant.scoring.policy import Policy
 from penchant.scoring.reference import Reference
 from penchant.training.logger import RunLog, one_line
-from penchant.training.optim import learning_rate_at, make_optimizer, set_rate
+from penchant.training.optim import make_optimizer, set_rate
+from penchant.training.schedule import eval_interval, learning_rate_at
+from penchant.training.setup import Setup
 from penchant.training.step import train_step
-from penchant.types import Batch, TokenizedPair
+from penchant.types import Batch
 
 _KEPT_CHECKPOINTS = 2
 _MOST_BAD_STEPS_IN_A_ROW = 3
@@ -51,126 +49,92 @@ class Fit:
     evaluations: list[PairEvaluation] = field(default_factory=list)
 
 
-def num_steps(config: RunConfig, num_pairs: int) -> int:
-    """Optimizer steps of the whole run."""
-    steps = math.ceil(config.num_train_epochs * loader.steps_per_epoch(num_pairs, config.batch_size))
-    return min(steps, config.max_steps or steps)
-
-
-def eval_interval(config: RunConfig, steps: int) -> int:
-    """Steps between held-out evaluations of a run of `steps` steps."""
-    return config.eval_steps or max(1, math.ceil(steps / 4))
-
-
-def scoring_batches(pairs: list[TokenizedPair], layout: Layout, max_tokens: int) -> Iterator[Batch]:
-    """Batches for passes without gradient, longest first; they hold no activations, so they may be larger."""
-    for part in loader.microbatches(pairs, 2 * max_tokens, layout.cost):
-        yield layout.collate(part)
-
-
-def fit(
-    policy: Policy,
-    reference: Reference | None,
-    loss: PairLoss,
-    train_pairs: list[TokenizedPair],
-    heldout_pairs: list[TokenizedPair],
-    config: RunConfig,
-    layout: Layout,
-    max_tokens: int,
-    log: RunLog,
-    run_dir: Path,
-) -> Fit:
+def fit(setup: Setup, reference: Reference | None, log: RunLog, run_dir: Path) -> Fit:
     """Trains the policy in place and evaluates it before, meanwhile and after.
 
     Raises:
-        UserError: three steps in a row were not finite, or one pair does not fit into memory.
+        UserError: three steps in a row were not finite, or a microbatch does not fit into memory.
     """
-    total = num_steps(config, len(train_pairs))
-    eval_steps = eval_interval(config, total)
-    per_epoch = loader.steps_per_epoch(len(train_pairs), config.batch_size)
+    config, policy = setup.config, setup.policy
+    train_pairs, heldout_pairs = setup.datasets.train.pairs, setup.datasets.heldout.pairs
+    total, per_epoch = setup.steps, loader.steps_per_epoch(len(train_pairs), config.batch_size)
     optimizer = make_optimizer(policy.model, config.weight_decay)
     done = Fit()
     started = time.monotonic()
 
+    def record(values: dict[str, float | None]) -> None:
+        stamp = {"step": done.steps, "epoch": round(done.steps / per_epoch, 4)}
+        log.metrics({**stamp, "time_s": round(time.monotonic() - started, 3), **values})
+
     def evaluate() -> None:
         if not heldout_pairs:
             return
-        with log.progress("held-out", len(heldout_pairs)) as meter:
-            batches = scoring_batches(heldout_pairs, layout, max_tokens)
-            evaluation = evaluate_pairs(policy, reference, loss, batches, meter.advance)
+        with log.progress("held out", len(heldout_pairs)) as meter:
+            batches = setup.layout.batches(heldout_pairs, 2 * setup.max_tokens)
+            evaluation = evaluate_pairs(policy, reference, setup.loss, batches, meter.advance)
         done.evaluations.append(evaluation)
-        record = {f"eval_{name}": value for name, value in evaluation.metrics.items()}
-        log.metrics(stamp() | record)
-        log.say("held-out", f"step {done.steps}: {one_line(evaluation.metrics)}")
-
-    def stamp() -> dict[str, float]:
-        return {
-            "step": done.steps,
-            "epoch": round(done.steps / per_epoch, 4),
-            "time_s": round(time.monotonic() - started, 3),
-        }
+        record({f"eval_{name}": value for name, value in evaluation.metrics.items()})
+        log.say("held out", f"step {done.steps}: {one_line(evaluation.metrics)}")
 
     evaluate()
     policy.model.train()
-    means, window_tokens, window_started, bad_steps = Means(), 0, time.monotonic(), 0
+    window, bad_steps = _Window(), 0
     with _stop_on_signals() as stop, log.progress("training", total) as meter:
         for batch in loader.batches(train_pairs, config.batch_size, config.seed):
-            rate = learning_rate_at(
-                done.steps + 1, total, config.peak_learning_rate(), config.warmup_ratio, config.lr_scheduler
-            )
+            step_started = time.monotonic()
+            rate = learning_rate_at(done.steps + 1, total, config)
             set_rate(optimizer, rate)
-            parts = [layout.collate(part) for part in loader.microbatches(batch, max_tokens, layout.cost)]
-            is_finite = _guarded_step(policy, reference, loss, parts, optimizer, config.max_grad_norm, means)
+            parts = list(setup.layout.batches(batch, setup.max_tokens))
+            is_finite = _guarded_step(setup, reference, parts, optimizer, window.means)
             done.steps += 1
             done.pairs_seen += len(batch)
-            window_tokens += sum(
-                2 * len(pair.prompt_ids) + len(pair.chosen_ids) + len(pair.rejected_ids) for pair in batch
-            )
+            window.add(sum(pair.num_scored_tokens for pair in batch), time.monotonic() - step_started)
 
             bad_steps = 0 if is_finite else bad_steps + 1
             if bad_steps:
-                log.event("major", "non-finite", _non_finite_message(done.steps, bad_steps), done.steps)
-            if bad_steps == _MOST_BAD_STEPS_IN_A_ROW:
-                raise UserError(
-                    f"training: {bad_steps} steps in a row had a loss or gradient that is not finite; stopped before "
-                    "the weights could be harmed. Usual causes: a learning rate that is far too high, weights that "
-                    "already hold nan, or bf16 on a model made for float32."
-                )
+                _report_bad_step(log, done.steps, bad_steps)
 
             is_last = done.steps == total or stop.requested
             info = ""
             if done.steps % config.logging_steps == 0 or is_last:
-                seconds = time.monotonic() - window_started
-                record = means.means() | {
-                    "learning_rate": rate,
-                    "tokens_per_s": round(window_tokens / seconds, 1),
-                }
-                log.metrics(stamp() | record)
-                info = one_line(record)
-                done.tokens_seen += window_tokens
-                done.train_s += seconds
-                means, window_tokens = Means(), 0
+                values = window.values() | {"learning_rate": rate}
+                record(values)
+                info = one_line(values)
+                done.tokens_seen += window.tokens
+                done.train_s += window.seconds
+                window = _Window()
             meter.advance(1, info)
-            if config.save_steps and done.steps % config.save_steps == 0 and not is_last:
-                save_checkpoint(policy, run_dir, done.steps)
-            if done.steps % eval_steps == 0 and not is_last:
-                evaluate()
-            window_started = time.monotonic() if not window_tokens else window_started
             if is_last:
-                done.interrupted = done.steps < total
                 break
+            if config.save_steps and done.steps % config.save_steps == 0:
+                save_checkpoint(policy, run_dir, done.steps)
+            if done.steps % eval_interval(config, total) == 0:
+                evaluate()
     policy.model.eval()
+    done.interrupted = done.steps < total
     if done.interrupted:
         folder = save_checkpoint(policy, run_dir, done.steps)
-        log.event(
-            "warn",
-            "interrupted",
-            f"stopped at step {done.steps} of {total}; weights are in {folder}",
-            done.steps,
-        )
+        message = f"stopped at step {done.steps} of {total}; the weights are in {folder}"
+        log.event("warn", "interrupted", message, done.steps)
     else:
         evaluate()
     return done
+
+
+class _Window:
+    """What is averaged into one line of metrics."""
+
+    def __init__(self) -> None:
+        self.means = Means()
+        self.tokens = 0
+        self.seconds = 0.0
+
+    def add(self, tokens: int, seconds: float) -> None:
+        self.tokens += tokens
+        self.seconds += seconds
+
+    def values(self) -> dict[str, float | None]:
+        return self.means.means() | {"tokens_per_s": round(self.tokens / self.seconds, 1)}
 
 
 def save_checkpoint(policy: Policy, run_dir: Path, step: int) -> Path:
@@ -184,16 +148,10 @@ def save_checkpoint(policy: Policy, run_dir: Path, step: int) -> Path:
 
 
 def _guarded_step(
-    policy: Policy,
-    reference: Reference | None,
-    loss: PairLoss,
-    parts: list[Batch],
-    optimizer: torch.optim.Optimizer,
-    max_grad_norm: float,
-    means: Means,
+    setup: Setup, reference: Reference | None, parts: list[Batch], optimizer: torch.optim.Optimizer, means: Means
 ) -> bool:
     try:
-        return train_step(policy, reference, loss, parts, optimizer, max_grad_norm, means)
+        return train_step(setup.policy, reference, setup.loss, parts, optimizer, setup.config.max_grad_norm, means)
     except torch.OutOfMemoryError:
         largest = max(part.model_inputs["input_ids"].numel() for part in parts)
         raise UserError(
@@ -202,11 +160,18 @@ def _guarded_step(
         ) from None
 
 
-def _non_finite_message(step: int, in_a_row: int) -> str:
-    return (
+def _report_bad_step(log: RunLog, step: int, in_a_row: int) -> None:
+    message = (
         f"step {step}: the loss or its gradient is not finite; the step was skipped and the weights are unharmed "
         f"({in_a_row} in a row; training stops at {_MOST_BAD_STEPS_IN_A_ROW})"
     )
+    log.event("major", "non-finite", message, step)
+    if in_a_row == _MOST_BAD_STEPS_IN_A_ROW:
+        raise UserError(
+            f"training: {in_a_row} steps in a row had a loss or gradient that is not finite; stopped, the weights are "
+            "as they were. Usual causes: a learning rate that is far too high, weights that already hold nan, or bf16 "
+            "on a model made for float32."
+        )
 
 
 @contextmanager

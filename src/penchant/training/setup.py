@@ -1,0 +1,243 @@
+"""Before the first step: data, model, layout and reference of a run, and what people are told of them."""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from penchant.config import ReferenceConfig, RunConfig
+from penchant.data import loader
+from penchant.errors import UserError
+from penchant.losses import PairLoss, build_loss
+from penchant.models.adapters import add_lora
+from penchant.models.load import weights_sha256
+from penchant.models.logps import builds_full_logits
+from penchant.scoring.layout import Layout, choose_layout, trouble_with_sharing
+from penchant.scoring.policy import Policy
+from penchant.scoring.reference import AdapterOff, FrozenModel, Precomputed, Reference
+from penchant.training import hardware
+from penchant.training.estimate import Estimate, estimate_run
+from penchant.training.logger import RunLog, duration
+from penchant.training.prepare import Datasets, Rows, read_rows, refuse_bad_rows, tokenize_datasets
+from penchant.training.schedule import eval_interval, num_steps
+from penchant.training.step import trainable_parameters
+from penchant.types import TokenizedPair
+
+
+@dataclass(frozen=True)
+class Setup:
+    """Everything that a run needs before its first pass over the data."""
+
+    config: RunConfig
+    loss: PairLoss
+    policy: Policy
+    datasets: Datasets
+    layout: Layout
+    max_tokens: int
+    """Tokens computed at once in training; passes without gradient hold no activations and take twice as many."""
+    base_sha256: str
+    """Hash of the weights that the policy begins from."""
+
+    @property
+    def steps(self) -> int:
+        """Optimizer steps of the whole run."""
+        return num_steps(self.config, len(self.datasets.train.pairs))
+
+    @property
+    def reference_kind(self) -> str:
+        """The kind of reference with `auto` resolved; `none` where the loss needs none."""
+        if not self.loss.needs_reference:
+            return "none"
+        if self.config.reference.kind != "auto":
+            return self.config.reference.kind
+        return "adapter_off" if self.config.lora.rank and not self.config.reference.model else "precomputed"
+
+    def visited_pairs(self) -> list[TokenizedPair]:
+        """The training pairs that the run's steps will see, each once; with few steps not all of them."""
+        pairs, batch_size = self.datasets.train.pairs, self.config.batch_size
+        steps = min(self.steps, loader.steps_per_epoch(len(pairs), batch_size))
+        order = loader.batches(pairs, batch_size, self.config.seed)
+        return [pair for _ in range(steps) for pair in next(order)]
+
+
+def set_up(
+    config: RunConfig,
+    log: RunLog,
+    data: Rows | None = None,
+    eval_data: Rows | None = None,
+    policy: Policy | None = None,
+) -> Setup:
+    """Reads data and model, says what was found, and refuses what cannot work before anything is written."""
+    _refuse_several_processes()
+    loss = build_loss(config.loss_settings())
+    _refuse_idle_options(config, loss)
+    train_rows = read_rows(data if data is not None else config.data, "data")
+    refuse_bad_rows(train_rows, config.max_bad_rows)
+    heldout_rows = None
+    if eval_data is not None or config.eval_data:
+        heldout_rows = read_rows(eval_data if eval_data is not None else str(config.eval_data), "eval_data")
+        refuse_bad_rows(heldout_rows, config.max_bad_rows)
+
+    device = hardware.resolve_device(config.device) if policy is None else policy.device
+    precision = hardware.resolve_precision(config.dtype, device)
+    if policy is None:
+        log.say("model", f"loading {config.model}")
+        torch.manual_seed(config.seed)
+        policy = Policy.from_pretrained(config.model, device, precision)
+    if config.chat_template:
+        policy.tokenizer.chat_template = _read_template(config.chat_template)
+    datasets = tokenize_datasets(config, train_rows, heldout_rows, policy.tokenizer)
+    base_sha256 = weights_sha256(policy.model)
+    layout = choose_layout(policy, config.layout, datasets.train.pairs)
+    if config.lora.rank:
+        adapted = add_lora(
+            policy.model,
+            config.lora.rank,
+            config.lora.alpha or 2 * config.lora.rank,
+            config.lora.target_modules,
+        )
+        policy = Policy(adapted, policy.tokenizer, policy.precision)
+    setup = Setup(
+        config=config,
+        loss=loss,
+        policy=policy,
+        datasets=datasets,
+        layout=layout,
+        max_tokens=config.microbatch_tokens or hardware.default_microbatch_tokens(device),
+        base_sha256=base_sha256,
+    )
+    describe(setup, log)
+    return setup
+
+
+def make_reference(setup: Setup, log: RunLog) -> Reference | None:
+    """The reference of the run, from the policy's weights as they stand or from another model."""
+    config, policy = setup.config, setup.policy
+    kind = setup.reference_kind
+    if kind == "none":
+        return None
+    if kind == "adapter_off":
+        return AdapterOff(policy)
+    source = policy
+    if config.reference.model:
+        source = Policy.from_pretrained(config.reference.model, policy.device, policy.precision)
+        _refuse_other_tokenizer(policy, source, config.reference.model)
+        if setup.layout.name == "prefix_shared" and (
+            trouble := trouble_with_sharing(source, setup.datasets.train.pairs)
+        ):
+            raise UserError(f"reference.model: does not fit the layout prefix_shared: {trouble}; set layout: padded.")
+    if kind == "copy":
+        return FrozenModel.copy_of(policy, config.reference.offload)
+    if kind == "model":
+        return FrozenModel(source, is_start_of_policy=False, offload=config.reference.offload)
+    pairs = [*setup.visited_pairs(), *setup.datasets.heldout.pairs]
+    with log.progress("reference", len(pairs)) as meter:
+        batches = setup.layout.batches(pairs, 2 * setup.max_tokens)
+        return Precomputed.from_batches(source, batches, source is policy, meter.advance)
+
+
+def expected_cost(setup: Setup) -> Estimate:
+    """Time and memory that the run will take."""
+    config, layout = setup.config, setup.layout
+    train_pairs, heldout_pairs = setup.datasets.train.pairs, setup.datasets.heldout.pairs
+    order = loader.batches(train_pairs, config.batch_size, config.seed)
+    looked_at = min(setup.steps, 50)  # a run may be long; its batches resemble each other
+    parts = [part for _ in range(looked_at) for part in layout.parts(next(order), setup.max_tokens)]
+    learned = sum(map(layout.cost, parts)) / looked_at * setup.steps
+    heldout = sum(map(layout.cost, layout.parts(heldout_pairs, 2 * setup.max_tokens)))
+    scored = float(heldout * (2 + (setup.steps - 1) // eval_interval(config, setup.steps)))
+    if setup.reference_kind == "precomputed":
+        epochs = setup.steps / loader.steps_per_epoch(len(train_pairs), config.batch_size)
+        scored += heldout + learned / max(1.0, epochs)
+    elif setup.reference_kind != "none":
+        scored += scored + learned
+    has_copy = setup.reference_kind in ("copy", "model")
+    return estimate_run(setup.policy, layout, train_pairs, learned, scored, max(map(layout.cost, parts)), has_copy)
+
+
+def describe(setup: Setup, log: RunLog) -> None:
+    """Says what was found and what will be done."""
+    config, policy, findings = setup.config, setup.policy, setup.datasets.findings
+    log.say("data", _data_sentence(findings["train"]))
+    for example in findings["train"]["examples"][:3]:
+        log.say("", example)
+    nothing = "nothing: nobody will see whether what is learned carries over (eval_data, eval_size)"
+    log.say("held out", _data_sentence(findings["eval"]) if findings["eval"] else nothing)
+    trainable, total = num_parameters(policy.model)
+    trained = "all trained" if trainable == total else f"{trainable / 1e6:.2f}M trained (LoRA rank {config.lora.rank})"
+    arithmetic = f"{policy.precision} on {policy.device}"
+    log.say("model", f"{short_path(config.model)}: {total / 1e6:.1f}M parameters, {trained}; {arithmetic}")
+    if policy.precision == "bf16" and not hardware.multiplies_bf16(policy.device):
+        log.event("warn", "slow-bf16", "dtype: this machine has no bf16 arithmetic; float32 is far faster here", 0)
+    log.say("method", f"{config.method}: {setup.loss}")
+    log.say("layout", layout_sentence(setup))
+    cost = expected_cost(setup)
+    pairs = min(config.batch_size, len(setup.datasets.train.pairs))
+    log.say(
+        "plan",
+        f"{setup.steps} steps of {pairs} pairs at learning rate {config.peak_learning_rate():g}; "
+        f"about {duration(cost.seconds)} and {cost.memory_bytes / 2**30:.1f} GiB expected",
+    )
+
+
+def layout_sentence(setup: Setup) -> str:
+    """The layout and why."""
+    sentence = f"{setup.layout.reason}; up to {setup.max_tokens} tokens at once"
+    if builds_full_logits(setup.policy.model):
+        return sentence + "; this model's head is not a plain projection, so it builds logits for every position"
+    return sentence
+
+
+def num_parameters(model: nn.Module) -> tuple[int, int]:
+    """Trained parameters, and all."""
+    return (
+        sum(parameter.numel() for parameter in trainable_parameters(model)),
+        sum(parameter.numel() for parameter in model.parameters()),
+    )
+
+
+def short_path(path: str) -> str:
+    """The last part of a path; a hub id stays whole."""
+    return Path(path).name if Path(path).exists() else path
+
+
+def _data_sentence(data: dict[str, Any]) -> str:
+    families = ", ".join(data["families"])
+    dropped = sum(data["dropped"].values())
+    reasons = "; ".join(f"{count} {reason}" for reason, count in data["dropped"].items())
+    lengths = ", ".join(f"{name} {v['mean']:.0f}" for name, v in data["lengths"].items())
+    return (
+        f"{data['used']} pairs from {short_path(data['path'])} ({families})"
+        + (f"; {dropped} left out ({reasons})" if dropped else "")
+        + (f"; {data['truncated']} cut at max_length" if data["truncated"] else "")
+        + f"; mean tokens: {lengths}; the longer answer is the chosen one in {data['longer_wins']:.1%}"
+    )
+
+
+def _refuse_several_processes() -> None:
+    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        raise UserError("this version trains in one process; start it without torchrun")
+
+
+def _refuse_idle_options(config: RunConfig, loss: PairLoss) -> None:
+    if not loss.needs_reference and config.reference != ReferenceConfig():
+        raise UserError(f"reference: the loss '{loss.name}' uses no reference, so its settings have no effect.")
+
+
+def _refuse_other_tokenizer(policy: Policy, other: Policy, name: str) -> None:
+    if policy.tokenizer.get_vocab() != other.tokenizer.get_vocab():
+        raise UserError(
+            f"reference.model: '{name}' has another vocabulary than the policy; its token ids mean other words."
+        )
+
+
+def _read_template(path: str) -> str:
+    try:
+        return Path(path).read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"chat_template: '{path}' cannot be read: {error}") from None

@@ -1,0 +1,311 @@
+"""Log-probabilities of completion tokens against each model's own full logits, one sequence at a time, in float64."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+import transformers
+from torch import Tensor, nn
+
+from penchant.layouts.padded import collate_sequences
+from penchant.models import logps as module
+from penchant.models.adapters import add_lora
+from penchant.models.logps import builds_full_logits, token_logps
+from penchant.types import Batch
+
+VOCAB = 61
+SEQUENCES = [  # ragged on both sides; one completion of a single token, one empty
+    ([5, 9, 2, 31], [7, 60, 8]),
+    ([11], [4, 4, 12, 30, 2, 1, 59]),
+    ([3, 44, 5, 6, 7, 8, 21], [9]),
+    ([17, 18], []),
+    ([50, 6], [13, 1]),
+]
+
+SIZES = {
+    "vocab_size": VOCAB,
+    "hidden_size": 16,
+    "intermediate_size": 24,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 2,
+    "num_key_value_heads": 1,
+    "max_position_embeddings": 32,
+    "initializer_range": 0.3,
+    "pad_token_id": 0,
+    "bos_token_id": 1,
+    "eos_token_id": 2,
+}
+FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
+    "llama": ("Llama", {}),
+    "llama_tied": ("Llama", {"tie_word_embeddings": True}),
+    "mistral": ("Mistral", {"sliding_window": 4}),
+    "qwen2": ("Qwen2", {}),
+    "qwen3": ("Qwen3", {}),
+    "phi3": ("Phi3", {}),
+    "olmo2": ("Olmo2", {}),
+    "gemma": ("Gemma", {}),
+    "gemma2": ("Gemma2", {"final_logit_softcapping": 2.0, "sliding_window": 4}),
+    "gemma3_text": ("Gemma3", {"final_logit_softcapping": 2.0, "sliding_window": 4}),
+    "cohere": ("Cohere", {"logit_scale": 0.3}),
+    "cohere2": ("Cohere2", {"logit_scale": 0.3, "sliding_window": 4}),
+    "granite": ("Granite", {"logits_scaling": 3.0, "residual_multiplier": 0.7}),
+    "mixtral": ("Mixtral", {"num_local_experts": 4, "num_experts_per_tok": 2}),
+    "gpt_neox": ("GPTNeoX", {"hidden_dropout": 0.0}),
+    "gpt2": ("GPT2", {"n_embd": 16, "n_layer": 2, "n_head": 2, "n_positions": 32}),
+    "opt": ("OPT", {"ffn_dim": 24, "word_embed_proj_dim": 8, "dropout": 0.0}),
+    "falcon": ("Falcon", {"alibi": True}),
+    "bloom": ("Bloom", {}),
+}
+
+
+def make_model(family: str) -> nn.Module:
+    name, settings = FAMILIES[family]
+    config_class = getattr(transformers, f"{name}TextConfig", None) or getattr(transformers, f"{name}Config")
+    suffix = "LMHeadModel" if name == "GPT2" else "ForCausalLM"
+    torch.manual_seed(0)
+    config = config_class(**{**SIZES, **settings})
+    config._experts_implementation = "eager"  # the grouped kernels know no float64
+    return getattr(transformers, f"{name}{suffix}")(config).double().eval()
+
+
+@pytest.fixture
+def _float64_throughout(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Norms, rotations and routers of these models compute in float32 whatever the weights are; here in float64."""
+    monkeypatch.setattr(torch, "float32", torch.float64)
+    monkeypatch.setattr(torch, "float", torch.float64)
+    monkeypatch.setattr(Tensor, "float", Tensor.double)
+
+
+def own_logits(model: nn.Module, ids: list[int]) -> Tensor:
+    output = model(torch.tensor([ids]))
+    return output if isinstance(output, Tensor) else output.logits
+
+
+def expected_logps(model: nn.Module, sequences: list[tuple[list[int], list[int]]]) -> Tensor:
+    """log pi(y_t | x, y_<t) of every completion token, from the full logits of each sequence by itself."""
+    found = []
+    for prompt, completion in sequences:
+        log_probs = torch.log_softmax(own_logits(model, [*prompt, *completion])[0], -1)
+        found += [log_probs[len(prompt) - 1 + t, token] for t, token in enumerate(completion)]
+    return torch.stack(found)
+
+
+def expected_entropies(model: nn.Module, sequences: list[tuple[list[int], list[int]]]) -> Tensor:
+    found = []
+    for prompt, completion in sequences:
+        log_probs = torch.log_softmax(own_logits(model, [*prompt, *completion])[0], -1)
+        found += [
+            -(log_probs[row].exp() * log_probs[row]).sum() for row in range(len(prompt) - 1, log_probs.shape[0] - 1)
+        ]
+    return torch.stack(found)
+
+
+def gradients(model: nn.Module, logps: Tensor) -> dict[str, Tensor]:
+    """Of a sum in which every token has a weight of its own."""
+    model.zero_grad()
+    (logps * torch.linspace(-1, 2, len(logps), dtype=logps.dtype)).sum().backward()
+    return {name: each.grad.clone() for name, each in model.named_parameters() if each.grad is not None}
+
+
+def assert_same_values_and_gradients(model: nn.Module, batch: Batch) -> None:
+    found, expected = token_logps(model, batch).logps, expected_logps(model, SEQUENCES)
+    torch.testing.assert_close(found, expected, rtol=0, atol=1e-9)
+    found_gradients, expected_gradients = gradients(model, found), gradients(model, expected)
+    assert set(found_gradients) == set(expected_gradients)
+    assert any(gradient.abs().max() > 1e-3 for gradient in expected_gradients.values())
+    for name, gradient in expected_gradients.items():
+        torch.testing.assert_close(
+            found_gradients[name], gradient, rtol=0, atol=1e-9, msg=lambda m, n=name: f"{n}: {m}"
+        )
+
+
+@pytest.fixture
+def batch() -> Batch:
+    return collate_sequences(SEQUENCES)
+
+
+@pytest.mark.usefixtures("_float64_throughout")
+@pytest.mark.parametrize("family", FAMILIES)
+def test_token_logps_and_gradients_are_those_of_the_models_own_logits(family: str, batch: Batch) -> None:
+    model = make_model(family)
+    assert_same_values_and_gradients(model, batch)
+    assert not builds_full_logits(model)
+
+
+@pytest.mark.usefixtures("_float64_throughout")
+@pytest.mark.parametrize("target_modules", ["all-linear", ["q_proj", "lm_head"]], ids=["linear", "head"])
+def test_token_logps_and_gradients_of_an_adapted_model_are_those_of_its_own_logits(
+    target_modules: str | list[str], batch: Batch
+) -> None:
+    model = add_lora(make_model("llama"), rank=2, alpha=4, target_modules=target_modules).double()
+    token_logps(model, batch)  # checked against the model while the adapter still is the identity
+    torch.manual_seed(1)
+    for name, parameter in model.named_parameters():
+        if "lora_B" in name:
+            nn.init.normal_(parameter, std=0.3)
+    assert_same_values_and_gradients(model, batch)
+    assert not builds_full_logits(model)
+    with model.disable_adapter():
+        base = expected_logps(model, SEQUENCES)
+        torch.testing.assert_close(token_logps(model, batch).logps, base, rtol=0, atol=1e-9)
+    assert not torch.allclose(token_logps(model, batch).logps, base, atol=1e-3)
+
+
+@pytest.mark.usefixtures("_float64_throughout")
+def test_chunks_change_neither_values_nor_gradients(batch: Batch, monkeypatch: pytest.MonkeyPatch) -> None:
+    model = make_model("gemma2")
+    whole = token_logps(model, batch, with_entropies=True)
+    whole_gradients = gradients(model, whole.logps)
+    monkeypatch.setitem(module.CHUNK_BYTES, "cpu", 3 * 4 * VOCAB)  # three rows at a time; 13 rows in all
+    in_chunks = token_logps(model, batch, with_entropies=True)
+    torch.testing.assert_close(in_chunks.logps, whole.logps, rtol=0, atol=1e-12)
+    torch.testing.assert_close(in_chunks.entropies, whole.entropies, rtol=0, atol=1e-12)
+    for name, gradient in gradients(model, in_chunks.logps).items():
+        torch.testing.assert_close(gradient, whole_gradients[name], rtol=0, atol=1e-12)
+    assert_same_values_and_gradients(model, batch)
+
+
+@pytest.mark.usefixtures("_float64_throughout")
+@pytest.mark.parametrize("family", ["llama", "gemma2"])
+def test_entropies_are_the_sums_of_minus_p_log_p(family: str, batch: Batch) -> None:
+    model = make_model(family)
+    scored = token_logps(model, batch, with_entropies=True)
+    torch.testing.assert_close(scored.entropies, expected_entropies(model, SEQUENCES).detach(), rtol=0, atol=1e-9)
+    assert not scored.entropies.requires_grad
+    assert token_logps(model, batch).entropies is None
+
+
+class AddsToItsLogits(transformers.LlamaForCausalLM):
+    """A head that is more than a projection, by a rule that nothing outside could know."""
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        output = super().forward(*args, **kwargs)
+        output.logits = output.logits + torch.linspace(0, 3, VOCAB, dtype=output.logits.dtype)
+        return output
+
+
+@pytest.mark.usefixtures("_float64_throughout")
+def test_head_that_is_not_understood_is_asked_for_its_own_logits(batch: Batch) -> None:
+    torch.manual_seed(0)
+    model = AddsToItsLogits(transformers.LlamaConfig(**SIZES)).double()
+    assert_same_values_and_gradients(model, batch)
+    assert builds_full_logits(model)
+    entropies = token_logps(model, batch, with_entropies=True).entropies
+    torch.testing.assert_close(entropies, expected_entropies(model, SEQUENCES).detach(), rtol=0, atol=1e-9)
+
+
+class Recurrent(nn.Module):
+    """A plain torch module, with the argument named in its own way; its logits bare or in an object."""
+
+    def __init__(self, wrapped: bool) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.wrapped = wrapped
+        self.embedding = nn.Embedding(VOCAB, 8)
+        self.recurrence = nn.GRU(8, 8, batch_first=True)
+        self.head = nn.Linear(8, VOCAB)
+
+    def forward(self, tokens: Tensor) -> Any:
+        logits = self.head(self.recurrence(self.embedding(tokens))[0])
+        return SimpleNamespace(logits=logits) if self.wrapped else logits
+
+
+@pytest.mark.parametrize("wrapped", [False, True])
+def test_plain_module_serves_as_a_model(wrapped: bool, batch: Batch) -> None:
+    model = Recurrent(wrapped).double()
+    assert_same_values_and_gradients(model, batch)
+    assert builds_full_logits(model)
+
+
+def test_module_that_puts_time_first_is_refused(batch: Batch) -> None:
+    model = Recurrent(wrapped=False)
+    model.recurrence.register_forward_hook(lambda _, __, output: (output[0].transpose(0, 1), output[1]))
+    with pytest.raises(ValueError, match="rows, T, V"):
+        token_logps(model, batch)
+
+
+def test_only_rows_that_predict_a_completion_token_reach_the_head(
+    batch: Batch, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = make_model("llama").float()
+    token_logps(model, batch)  # the first call looks at the model's own logits once
+    rows: list[int] = []
+    model.lm_head.register_forward_hook(lambda _, inputs, __: rows.append(inputs[0].flatten(0, -2).shape[0]))
+    sizes = list(tensor_sizes_over_the_vocabulary(model, batch))
+    num_tokens = sum(len(completion) for _, completion in SEQUENCES)
+    assert rows == [num_tokens]
+    assert max(sizes) <= num_tokens * VOCAB < batch.model_inputs["input_ids"].numel() * VOCAB
+
+    rows.clear()
+    monkeypatch.setitem(module.CHUNK_BYTES, "cpu", 4 * 4 * VOCAB)
+    sizes = list(tensor_sizes_over_the_vocabulary(model, batch))
+    assert rows[:4] == [4, 4, 4, 1]
+    assert sorted(rows[4:]) == [1, 4, 4, 4]  # once more on the way back
+    assert max(sizes) <= 4 * VOCAB
+
+
+def tensor_sizes_over_the_vocabulary(model: nn.Module, batch: Batch) -> Iterator[int]:
+    """Sizes of all tensors with a last dimension of V that a forward and a backward pass make, weights aside."""
+    from torch.utils._python_dispatch import TorchDispatchMode
+
+    sizes = []
+
+    class Watch(TorchDispatchMode):
+        def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+            output = func(*args, **(kwargs or {}))
+            if isinstance(output, Tensor) and output.shape[-1:] == (VOCAB,) and output.data_ptr() != weight.data_ptr():
+                sizes.append(output.numel())
+            return output
+
+    weight = model.lm_head.weight.requires_grad_(False)
+    with Watch():
+        token_logps(model, batch).logps.sum().backward()
+    return iter(sizes)
+
+
+def test_batch_without_completion_tokens_has_no_logps() -> None:
+    scored = token_logps(make_model("llama"), collate_sequences([([3, 4], []), ([5], [])]), with_entropies=True)
+    assert scored.logps.shape == scored.entropies.shape == (0,)
+
+
+@pytest.mark.usefixtures("_float64_throughout")
+def test_head_that_is_replaced_after_scoring_is_the_one_that_scores(batch: Batch) -> None:
+    model = make_model("llama")
+    token_logps(model, batch)
+    model.resize_token_embeddings(VOCAB + 5, mean_resizing=False)
+    torch.manual_seed(1)
+    nn.init.normal_(model.lm_head.weight)
+    assert_same_values_and_gradients(model, batch)
+
+    add_lora(model, rank=2, alpha=4, target_modules=["lm_head"]).double()  # changes the model in hand
+    nn.init.normal_(model.lm_head.lora_B["default"].weight)
+    assert_same_values_and_gradients(model, batch)
+
+
+def test_scoring_leaves_the_mode_of_every_part_as_it_was(batch: Batch) -> None:
+    model = make_model("llama").train()
+    model.model.layers[0].eval()
+    before = [part.training for part in model.modules()]
+    token_logps(model, batch)
+    assert [part.training for part in model.modules()] == before
+
+
+def test_low_precision_logits_are_normalised_in_float32(batch: Batch) -> None:
+    for model in (make_model("llama").bfloat16(), Recurrent(wrapped=False).bfloat16()):
+        scored = token_logps(model, batch, with_entropies=True)
+        assert scored.logps.dtype == scored.entropies.dtype == torch.float32
+        torch.testing.assert_close(scored.logps, expected_logps(model.float(), SEQUENCES), rtol=0.05, atol=0.05)
+
+
+def test_autocast_changes_the_numbers_by_rounding_alone(batch: Batch) -> None:
+    model = make_model("llama").float()
+    exact = token_logps(model, batch).logps
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        rounded = token_logps(model, batch).logps
+    assert rounded.dtype == torch.float32
+    assert not torch.equal(rounded, exact)
+    torch.testing.assert_close(rounded, exact, rtol=0.05, atol=0.1)
