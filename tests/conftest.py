@@ -3,24 +3,24 @@
 from __future__ import annotations
 
 import os
-
-os.environ.setdefault("HF_HUB_OFFLINE", "1")
-
-from jaxtyping import install_import_hook
-
-# Every signature with shapes is checked in every test: a silent (3,) against (1,) broadcast becomes an error.
-install_import_hook("penchant", "beartype.beartype")
-
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from jaxtyping import install_import_hook
 from torch import nn
+
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+
+# Every signature with shapes is checked in every test: a silent (3,) against (1,) broadcast becomes an error.
+install_import_hook("penchant", "beartype.beartype")
+
 
 torch.set_num_threads(1)  # tiny tensors gain nothing from more, and the order of sums stays the same
 
-WORDS = ["the", "a", "cat", "dog", "sat", "ran", "on", "under", "red", "blue", "mat", "tree", "what", "is", "one", "two", "three", "capital", "of", "France", "Paris", "yes", "no"]
+WORDS = "the a cat dog sat ran on under red blue mat tree what is one two three capital of France Paris yes no"
+WORDS = WORDS.split()
 CHAT_TEMPLATE = (
     "{% for message in messages %}{{ '<|im_start|>' + message['role'] + '\n' + message['content'] + '<|im_end|>\n' }}"
     "{% endfor %}{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"

@@ -132,6 +132,8 @@ def _methods(options: argparse.Namespace) -> int:
 
 
 def _report(options: argparse.Namespace) -> int:
+    if not (options.run_dir / "run.yaml").exists():
+        raise UserError(f"'{options.run_dir}' is no run directory: it holds no run.yaml.")
     from penchant.report import write_report
 
     print(write_report(options.run_dir))

@@ -1,4 +1,4 @@
-"""Loading and saving: the same numbers again, nothing random left on, and one clear sentence where it cannot be done."""
+"""Loading and saving: the same numbers again, nothing random left on, one clear sentence where it cannot be done."""
 
 from __future__ import annotations
 

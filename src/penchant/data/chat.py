@@ -29,7 +29,7 @@ class TokenizedData:
     """The pair behind each `TokenizedPair.index`."""
     problems: list[RowProblem] = field(default_factory=list)
     num_truncated: int = 0
-    """Pairs in which at least one completion was cut at max_length."""
+    """How many of `pairs` have a completion that was cut at max_length."""
 
 
 def tokenize_pairs(
@@ -75,11 +75,11 @@ def tokenize_pairs(
                 data.problems.append(RowProblem("T04", pair.source, message))
                 continue
             chosen_ids, rejected_ids = chosen_ids[:room], rejected_ids[:room]
-            data.num_truncated += 1
             if chosen_ids == rejected_ids:
                 message = f"chosen and rejected differ only beyond max_length {max_length}; raise max_length"
                 data.problems.append(RowProblem("T05", pair.source, message))
                 continue
+            data.num_truncated += 1
         data.pairs.append(TokenizedPair(prompt_ids, chosen_ids, rejected_ids, index))
         data.texts[index] = pair
     return data
@@ -119,7 +119,10 @@ class RenderError(Exception):
 def render(tokenizer: Any, prompt: Text, completions: Sequence[Text]) -> tuple[str, list[str]]:
     """Prompt and completions as the text that the model sees."""
     if isinstance(prompt, str):
-        return prompt, [str(completion) for completion in completions]
+        texts = [completion for completion in completions if isinstance(completion, str)]
+        if len(texts) < len(completions):
+            raise ValueError("a plain prompt takes plain completions; messages as completions need messages as prompt")
+        return prompt, texts
     prompt_text = _apply_template(tokenizer, prompt, add_generation_prompt=True)
     completion_texts = []
     for completion in completions:
@@ -153,7 +156,8 @@ def _ended(tokenizer: Any, ids: list[int]) -> list[int]:
     A template ends the turn itself and often adds a line break behind, which no model ever has to produce; plain text
     has no end yet.
     """
-    special = set(tokenizer.all_special_ids)
+    # A turn's end need not be among the tokenizer's named tokens (Llama 3: <|eot_id|>).
+    special = {*tokenizer.all_special_ids, *(i for i, token in tokenizer.added_tokens_decoder.items() if token.special)}
     end = len(ids)
     while end and ids[end - 1] not in special and not tokenizer.decode(ids[end - 1]).strip():
         end -= 1

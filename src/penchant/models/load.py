@@ -154,7 +154,7 @@ def _converted_gguf(path: Path) -> Path:
     return folder
 
 
-def _complete_model(path: str, **where: Any) -> nn.Module:
+def _complete_model(path: str, **where: Any) -> Any:
     """A causal model of which every weight was found: transformers alone would make up the missing ones at random."""
     from transformers import AutoModelForCausalLM
 
@@ -174,7 +174,7 @@ def _tokenizer(path: str, **where: Any) -> Any:
 
 
 def _merged_adapter(folder: str) -> tuple[nn.Module, Any]:
-    """The base model that a peft adapter names, with the adapter folded into its weights, and the tokenizer of either."""
+    """The base model that a peft adapter names, with the adapter folded into its weights, and its tokenizer."""
     from peft import AutoPeftModelForCausalLM
 
     model = AutoPeftModelForCausalLM.from_pretrained(folder, dtype=torch.float32)

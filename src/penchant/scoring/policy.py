@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from penchant.data.chat import encode
 from penchant.layouts import padded
 from penchant.models.load import load_model_and_tokenizer
-from penchant.models.logps import token_logps
+from penchant.models.logps import evaluation_mode, token_logps
 from penchant.types import Batch, Text, TokenLogps
 
 Precision = Literal["float32", "bf16"]
@@ -80,25 +80,33 @@ class Policy:
     def generate(
         self, prompts: Sequence[Text], max_new_tokens: int = 128, temperature: float = 0.0, seed: int = 0
     ) -> list[str]:
-        """One answer to each prompt, greedy at temperature 0; text only, end token removed."""
-        was_training, padding_side = self.model.training, self.tokenizer.padding_side
-        self.model.eval()
+        """One answer to each prompt, greedy at temperature 0; text only, end token removed.
+
+        What the model's own generation settings say about sampling and repetition is left aside.
+        """
+        padding_side = self.tokenizer.padding_side
         self.tokenizer.padding_side = "left"  # so that every prompt ends where its answer begins
         try:
-            prompt_ids = [encode(self.tokenizer, prompt, [])[0] for prompt in prompts]
-            inputs = self.tokenizer.pad({"input_ids": prompt_ids}, return_tensors="pt").to(self.device)
-            torch.manual_seed(seed)
-            sampling = {"do_sample": True, "temperature": temperature} if temperature > 0 else {"do_sample": False}
-            with self._arithmetic():
-                output = self.model.generate(  # type: ignore[operator]
-                    **inputs,
-                    **sampling,
-                    max_new_tokens=max_new_tokens,
-                    pad_token_id=self.tokenizer.pad_token_id,
-                )
+            # The end of an answer to each prompt comes along: a template may end turns with another token than eos.
+            encoded = [encode(self.tokenizer, prompt, ["."]) for prompt in prompts]
+            inputs = self.tokenizer.pad({"input_ids": [ids for ids, _ in encoded]}, return_tensors="pt")
         finally:
-            self.model.train(was_training)
             self.tokenizer.padding_side = padding_side
+        inputs = inputs.to(self.device)
+        sampling: dict[str, Any] = {"do_sample": False}
+        if temperature > 0:
+            sampling = {"do_sample": True, "temperature": temperature, "top_k": 0, "top_p": 1.0}
+        devices = [self.device] if self.device.type == "cuda" else []
+        with evaluation_mode(self.model), self._arithmetic(), torch.random.fork_rng(devices):
+            torch.manual_seed(seed)
+            output = self.model.generate(  # type: ignore[operator]
+                **inputs,
+                **sampling,
+                repetition_penalty=1.0,
+                max_new_tokens=max_new_tokens,
+                eos_token_id=sorted({self.tokenizer.eos_token_id, *(answer[-1] for _, (answer,) in encoded)}),
+                pad_token_id=self.tokenizer.pad_token_id,
+            )
         answers = output[:, inputs["input_ids"].shape[1] :]
         return [text.strip() for text in self.tokenizer.batch_decode(answers, skip_special_tokens=True)]
 

@@ -1,0 +1,269 @@
+"""From texts to token ids: the prompt is a prompt, the answer ends once, and what does not fit is accounted for."""
+
+from __future__ import annotations
+
+import copy
+from pathlib import Path
+from typing import Any
+
+import pytest
+from tokenizers import processors
+
+from penchant.data.chat import TOKEN_CHECKS, RenderError, TokenizedData, encode, render, tokenize_pairs
+from penchant.errors import UserError
+from penchant.models.load import PLAIN_CHAT_TEMPLATE
+from penchant.types import Pair
+
+ASK = [{"role": "user", "content": "what is one"}]
+CHATML_PROMPT = "<|im_start|>user\nwhat is one<|im_end|>\n<|im_start|>assistant\n"
+BOS, END = 1, 2
+
+
+@pytest.fixture
+def own(tokenizer: Any) -> Any:
+    """A tokenizer that the test may change."""
+    return copy.deepcopy(tokenizer)
+
+
+def with_bos(tokenizer: Any) -> Any:
+    """The tokenizer as many are: a special token in front of every text."""
+    tokenizer.backend_tokenizer.post_processor = processors.TemplateProcessing(
+        single="<|im_start|> $A", special_tokens=[("<|im_start|>", BOS)]
+    )
+    assert tokenizer("one").input_ids[0] == BOS
+    return tokenizer
+
+
+def plain_ids(tokenizer: Any, text: str) -> list[int]:
+    return tokenizer(text, add_special_tokens=False).input_ids
+
+
+# Messages.
+
+
+def test_messages_become_the_rendered_prompt_and_the_rest_of_the_conversation(tokenizer: Any) -> None:
+    prompt_ids, (completion_ids,) = encode(tokenizer, ASK, ["two three"])
+    assert tokenizer.decode(prompt_ids) == CHATML_PROMPT
+    assert tokenizer.decode(completion_ids) == "two three<|im_end|>"
+
+
+def test_plain_answer_to_messages_is_the_assistants_turn(tokenizer: Any) -> None:
+    answer = [{"role": "assistant", "content": "two three"}]
+    assert encode(tokenizer, ASK, ["two three"]) == encode(tokenizer, ASK, [answer])
+
+
+def test_answer_of_several_turns_is_one_completion(tokenizer: Any) -> None:
+    answer = [
+        {"role": "assistant", "content": "two"},
+        {"role": "user", "content": "yes"},
+        {"role": "assistant", "content": "no"},
+    ]
+    prompt_ids, (completion_ids,) = encode(tokenizer, ASK, [answer])
+    assert tokenizer.decode(prompt_ids) == CHATML_PROMPT
+    expected = "two<|im_end|>\n<|im_start|>user\nyes<|im_end|>\n<|im_start|>assistant\nno<|im_end|>"
+    assert tokenizer.decode(completion_ids) == expected
+
+
+def test_prompt_is_the_same_whatever_the_answers(tokenizer: Any) -> None:
+    prompt_ids, completions = encode(tokenizer, ASK, ["two", "", "the cat"])
+    assert [tokenizer.decode(ids) for ids in completions] == ["two<|im_end|>", "<|im_end|>", "the cat<|im_end|>"]
+    assert all(encode(tokenizer, ASK, [answer])[0] == prompt_ids for answer in ("two", "", "the cat"))
+    assert encode(tokenizer, ASK, []) == (prompt_ids, [])
+
+
+TEMPLATES = {
+    "no end of its own": "{% for m in messages %}{{ m['role'] + ': ' + m['content'] + '\n' }}{% endfor %}"
+    "{% if add_generation_prompt %}{{ 'assistant: ' }}{% endif %}",
+    "an end and blank lines": "{% for m in messages %}{{ m['role'] + ': ' + m['content'] + '<|im_end|> \n\n' }}"
+    "{% endfor %}{% if add_generation_prompt %}{{ 'assistant: ' }}{% endif %}",
+    "an end that the tokenizer does not name": "{% for m in messages %}{{ m['role'] + ': ' + m['content'] "
+    "+ '<|endoftext|>\n' }}{% endfor %}{% if add_generation_prompt %}{{ 'assistant: ' }}{% endif %}",
+    "ours for tokenizers without": PLAIN_CHAT_TEMPLATE,
+}
+
+
+@pytest.mark.parametrize("template", TEMPLATES)
+def test_completion_has_exactly_one_end_token_at_its_end(template: str, own: Any) -> None:
+    own.chat_template = TEMPLATES[template]
+    own.pad_token = None
+    prompt_ids, (completion_ids,) = encode(own, ASK, ["two three"])
+    text = own.decode(completion_ids)
+    end = "<|endoftext|>" if "does not name" in template else "<|im_end|>"
+    assert text.strip().removeprefix("two three").strip() == end
+    assert own.decode(completion_ids[-1]) == end
+    assert sum(token in (0, END) for token in completion_ids) == 1
+    assert own.decode(prompt_ids) == render(own, ASK, [])[0]
+
+
+def test_template_that_writes_the_first_token_itself_gives_it_once(own: Any) -> None:
+    with_bos(own).chat_template = "{{ bos_token }}" + TEMPLATES["an end and blank lines"]
+    prompt_ids, (completion_ids,) = encode(own, ASK, ["two"])
+    assert prompt_ids == [BOS, *plain_ids(own, "user: what is one<|im_end|> \n\nassistant: ")]
+    assert completion_ids == [*plain_ids(own, "two"), END]
+
+
+def test_our_template_ends_every_assistant_turn_and_starts_every_human_one(own: Any) -> None:
+    own.chat_template = PLAIN_CHAT_TEMPLATE
+    prompt = [{"role": "system", "content": "Be kind."}, *ASK, {"role": "assistant", "content": "two"}, *ASK]
+    expected = "Be kind.\n\nHuman: what is one\n\nAssistant: two<|im_end|>\n\nHuman: what is one\n\nAssistant:"
+    assert render(own, prompt, ["three"]) == (expected, [" three<|im_end|>"])
+
+
+def test_template_that_rewrites_the_prompt_is_refused(own: Any) -> None:
+    own.chat_template = "{{ messages | length }}" + own.chat_template
+    with pytest.raises(RenderError) as caught:
+        encode(own, ASK, ["two"])
+    assert caught.value.code == "T03"
+
+
+def test_template_that_refuses_is_quoted(own: Any) -> None:
+    own.chat_template = "{{ raise_exception('roles must alternate') }}"
+    with pytest.raises(RenderError, match="roles must alternate") as caught:
+        encode(own, ASK, ["two"])
+    assert caught.value.code == "T02"
+
+
+def test_messages_without_a_chat_template_are_refused(own: Any) -> None:
+    own.chat_template = None
+    with pytest.raises(UserError, match="chat_template: FILE"):
+        encode(own, ASK, ["two"])
+
+
+# Plain text.
+
+
+def test_plain_text_is_taken_as_it_is_and_ended(tokenizer: Any) -> None:
+    prompt_ids, (first, second) = encode(tokenizer, "what is one\n", [" two \n", ""])
+    assert prompt_ids == plain_ids(tokenizer, "what is one\n")
+    assert first == [*plain_ids(tokenizer, " two \n"), END]
+    assert second == [END]
+
+
+def test_plain_text_that_is_ended_already_is_not_ended_twice(tokenizer: Any) -> None:
+    assert encode(tokenizer, "one", ["two<|im_end|>"])[1] == [[*plain_ids(tokenizer, "two"), END]]
+
+
+def test_first_token_stands_before_a_plain_prompt_and_not_before_its_completion(own: Any) -> None:
+    prompt_ids, (completion_ids,) = encode(with_bos(own), "what is one", ["two"])
+    assert prompt_ids == [BOS, *plain_ids(own, "what is one")]
+    assert completion_ids == [*plain_ids(own, "two"), END]
+
+
+def test_end_that_a_tokenizer_puts_behind_every_text_is_not_in_the_prompt(own: Any) -> None:
+    own.backend_tokenizer.post_processor = processors.TemplateProcessing(
+        single="$A <|im_end|>", special_tokens=[("<|im_end|>", END)]
+    )
+    prompt_ids, (completion_ids,) = encode(own, "what is one", ["two"])
+    assert prompt_ids == plain_ids(own, "what is one")
+    assert completion_ids == [*plain_ids(own, "two"), END]
+
+
+@pytest.mark.parametrize(("bos_token", "expected"), [("<|im_start|>", [BOS]), (None, [END])])
+def test_empty_prompt_is_one_token_that_the_completion_can_follow(
+    bos_token: str | None, expected: list[int], own: Any
+) -> None:
+    own.bos_token = bos_token
+    assert encode(own, "", ["two"])[0] == expected
+
+
+def test_messages_as_the_answer_to_plain_text_are_refused(tokenizer: Any) -> None:
+    with pytest.raises(ValueError, match="plain"):
+        encode(tokenizer, "what is one", [ASK])
+
+
+# The length limit. The prompt has 4 tokens; chosen and rejected with their ends 5 and 3.
+
+PROMPT, CHOSEN, REJECTED = "what is one two", " cat dog mat tree", " cat sat"
+
+
+def check_lengths(tokenizer: Any) -> Pair:
+    prompt_ids, completions = encode(tokenizer, PROMPT, [CHOSEN, REJECTED])
+    assert [len(prompt_ids), *map(len, completions)] == [4, 5, 3]
+    return Pair(PROMPT, CHOSEN, REJECTED, source="data.jsonl:1")
+
+
+def codes(data: TokenizedData) -> list[tuple[str, str]]:
+    return [(problem.code, problem.source) for problem in data.problems]
+
+
+@pytest.mark.parametrize("truncation", ["truncate", "drop", "error"])
+def test_pair_that_just_fits_is_kept_whole(truncation: Any, tokenizer: Any) -> None:
+    pair = check_lengths(tokenizer)
+    data = tokenize_pairs([pair], tokenizer, 9, truncation)
+    prompt_ids, (chosen_ids, rejected_ids) = encode(tokenizer, PROMPT, [CHOSEN, REJECTED])
+    (found,) = data.pairs
+    assert (found.prompt_ids, found.chosen_ids, found.rejected_ids) == (prompt_ids, chosen_ids, rejected_ids)
+    assert found.num_tokens == 9
+    assert (data.num_truncated, data.problems) == (0, [])
+    assert data.texts == {0: pair}
+
+
+@pytest.mark.parametrize(("max_length", "lengths"), [(8, (4, 3)), (6, (2, 2))])
+def test_truncate_cuts_both_completions_at_the_same_place(
+    max_length: int, lengths: tuple[int, int], tokenizer: Any
+) -> None:
+    data = tokenize_pairs([check_lengths(tokenizer)], tokenizer, max_length)
+    _, (chosen_ids, rejected_ids) = encode(tokenizer, PROMPT, [CHOSEN, REJECTED])
+    (found,) = data.pairs
+    assert found.chosen_ids == chosen_ids[: lengths[0]]
+    assert found.rejected_ids == rejected_ids[: lengths[1]]
+    assert found.num_tokens == max_length
+    assert data.num_truncated == 1
+
+
+def test_drop_leaves_out_a_pair_that_is_too_long(tokenizer: Any) -> None:
+    pair = check_lengths(tokenizer)
+    data = tokenize_pairs([pair, Pair("one", "two", "three")], tokenizer, 8, "drop")
+    assert codes(data) == [("T04", "data.jsonl:1")]
+    assert "9 tokens and max_length is 8" in str(data.problems[0])
+    assert [found.index for found in data.pairs] == [1]
+    assert (data.num_truncated, list(data.texts)) == (0, [1])
+
+
+def test_error_stops_at_a_pair_that_is_too_long(tokenizer: Any) -> None:
+    with pytest.raises(UserError, match=r"data\.jsonl:1: .*9 tokens and max_length is 8"):
+        tokenize_pairs([check_lengths(tokenizer)], tokenizer, 8, "error")
+
+
+@pytest.mark.parametrize("max_length", [3, 4])
+@pytest.mark.parametrize("truncation", ["truncate", "drop", "error"])
+def test_prompt_is_never_cut(max_length: int, truncation: Any, tokenizer: Any) -> None:
+    data = tokenize_pairs([check_lengths(tokenizer)], tokenizer, max_length, truncation)
+    assert codes(data) == [("T01", "data.jsonl:1")]
+    assert data.pairs == []
+    assert data.texts == {}
+
+
+def test_pair_that_differs_only_beyond_the_limit_falls_away(tokenizer: Any) -> None:
+    data = tokenize_pairs([check_lengths(tokenizer)], tokenizer, 5)  # leaves " cat" of both
+    assert codes(data) == [("T05", "data.jsonl:1")]
+    assert data.pairs == []
+    assert data.num_truncated == 0  # counted once, among the problems
+
+
+def test_rows_that_cannot_be_rendered_are_listed_and_the_others_kept(own: Any) -> None:
+    own.chat_template = (
+        "{% if messages[0]['content'] == 'dog' %}{{ raise_exception('no dogs') }}{% endif %}"
+        "{% if messages[0]['content'] == 'cat' %}{{ messages | length }}{% endif %}" + own.chat_template
+    )
+    pairs = [
+        Pair([{"role": "user", "content": content}], "yes", "no", source=f"data.jsonl:{line}")
+        for line, content in enumerate(["dog", "tree", "cat", "mat"], start=1)
+    ]
+    data = tokenize_pairs(pairs, own, 100, first_index=10)
+    assert codes(data) == [("T02", "data.jsonl:1"), ("T03", "data.jsonl:3")]
+    assert [pair.index for pair in data.pairs] == [11, 13]
+    assert data.texts == {11: pairs[1], 13: pairs[3]}
+    assert {"T01", "T02", "T03", "T04", "T05"} <= set(TOKEN_CHECKS)
+
+
+def test_unnamed_end_of_turn_survives_saving(own: Any, tmp_path: Path) -> None:
+    from transformers import AutoTokenizer, PreTrainedTokenizerFast
+
+    template = own.chat_template
+    base = PreTrainedTokenizerFast(tokenizer_object=own.backend_tokenizer, eos_token="<|endoftext|>")
+    base.chat_template = template
+    base.save_pretrained(tmp_path)
+    loaded = AutoTokenizer.from_pretrained(tmp_path)
+    assert loaded.all_special_ids == [0]  # the end of a turn is not among the named tokens
+    assert loaded.decode(encode(loaded, ASK, ["two"])[1][0]) == "two<|im_end|>"

@@ -1,0 +1,31 @@
+"""The same run on a CUDA device: it learns, its numbers are the CPU's, the offloaded reference travels."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+
+from .test_run import metrics_of, train
+
+pytestmark = [
+    pytest.mark.gpu,
+    pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device on this machine"),
+]
+
+
+def test_float32_losses_on_the_gpu_are_those_of_the_cpu(model_folder: Path, tmp_path: Path) -> None:
+    on_cpu, _ = metrics_of(train(model_folder, tmp_path / "cpu", device="cpu", max_steps=6).run_dir)
+    on_gpu, _ = metrics_of(train(model_folder, tmp_path / "gpu", device="cuda", dtype="float32", max_steps=6).run_dir)
+    assert [r["loss"] for r in on_gpu] == pytest.approx([r["loss"] for r in on_cpu], abs=1e-3)
+
+
+@pytest.mark.parametrize("layout", ["padded", "prefix_shared"])
+def test_bf16_with_an_offloaded_reference_learns(layout: str, model_folder: Path, tmp_path: Path) -> None:
+    settings = {"device": "cuda", "dtype": "bf16", "layout": layout, "reference": {"kind": "copy", "offload": True}}
+    result = train(model_folder, tmp_path, **settings)
+    trained, evaluated = metrics_of(result.run_dir)
+    assert trained[0]["loss"] == pytest.approx(0.6931, abs=2e-2)
+    assert evaluated[-1]["eval_rewards/accuracies"] == 1.0
+    assert result.summary["dtype"] == "bf16"
