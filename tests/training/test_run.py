@@ -343,3 +343,24 @@ def test_a_rendered_row_is_shown_and_costed_by_a_dry_run_that_writes_nothing(
     assert first["chosen"].startswith("the cat")
     assert first["chosen"].endswith("<|im_end|>")
     assert set(tmp_path.rglob("*")) == before
+
+
+def test_messages_for_a_tokenizer_without_template_are_written_out_and_announced(
+    tmp_path: Path, tokenizer: Any, capsys: pytest.CaptureFixture[str]
+) -> None:
+    import copy
+
+    from transformers import AutoTokenizer
+
+    from ..conftest import make_tiny_model
+
+    base = copy.deepcopy(tokenizer)
+    base.chat_template = None
+    make_tiny_model().save_pretrained(tmp_path / "base")
+    base.save_pretrained(tmp_path / "base")
+    result = train(tmp_path / "base", tmp_path, max_steps=1, quiet=False)
+    assert "no chat template" in capsys.readouterr().err
+    saved = AutoTokenizer.from_pretrained(result.run_dir / "model")
+    text = saved.apply_chat_template(rows(1)[0]["prompt"], add_generation_prompt=True, tokenize=False)
+    assert text.startswith("\n\nHuman: ")
+    assert text.endswith("\n\nAssistant:")

@@ -20,6 +20,17 @@ TOKEN_CHECKS = {
 """What can be wrong with a row once it is rendered and tokenised, by code."""
 
 
+PLAIN_CHAT_TEMPLATE = (
+    "{% for message in messages %}"
+    "{% if message['role'] == 'system' %}{{ message['content'] }}"
+    "{% elif message['role'] == 'assistant' %}{{ '\n\nAssistant: ' + message['content'] + eos_token }}"
+    "{% else %}{{ '\n\nHuman: ' + message['content'] }}{% endif %}"
+    "{% endfor %}"
+    "{% if add_generation_prompt %}{{ '\n\nAssistant:' }}{% endif %}"
+)
+"""A chat template for tokenizers without one: the turns of the HH dialogues, written out."""
+
+
 @dataclass
 class TokenizedData:
     """The pairs of a data set as token ids, the texts they came from, and the rows that fell away."""

@@ -17,16 +17,6 @@ from torch import nn
 from penchant.errors import UserError
 from penchant.models.logps import evaluation_mode
 
-PLAIN_CHAT_TEMPLATE = (
-    "{% for message in messages %}"
-    "{% if message['role'] == 'system' %}{{ message['content'] }}"
-    "{% elif message['role'] == 'assistant' %}{{ '\n\nAssistant: ' + message['content'] + eos_token }}"
-    "{% else %}{{ '\n\nHuman: ' + message['content'] }}{% endif %}"
-    "{% endfor %}"
-    "{% if add_generation_prompt %}{{ '\n\nAssistant:' }}{% endif %}"
-)
-"""For tokenizers that bring no chat template of their own: the turns of the HH dialogues, written out."""
-
 
 def load_model_and_tokenizer(name: str, device: torch.device | str = "cpu") -> tuple[nn.Module, Any]:
     """A causal model with float32 weights and its tokenizer, dropout off.

@@ -12,6 +12,8 @@ from torch import nn
 
 from penchant.config import ReferenceConfig, RunConfig
 from penchant.data import loader
+from penchant.data.chat import PLAIN_CHAT_TEMPLATE
+from penchant.data.formats import PairData
 from penchant.errors import UserError
 from penchant.losses import PairLoss, build_loss
 from penchant.models.adapters import add_lora
@@ -89,8 +91,7 @@ def set_up(
         log.say("model", f"loading {config.model}")
         torch.manual_seed(config.seed)
         policy = Policy.from_pretrained(config.model, device, precision)
-    if config.chat_template:
-        policy.tokenizer.chat_template = _read_template(config.chat_template)
+    _choose_template(policy.tokenizer, config, train_rows, log)
     datasets = tokenize_datasets(config, train_rows, heldout_rows, policy.tokenizer)
     base_sha256 = weights_sha256(policy.model)
     layout = choose_layout(policy, config.layout, datasets.train.pairs)
@@ -236,8 +237,17 @@ def _refuse_other_tokenizer(policy: Policy, other: Policy, name: str) -> None:
         )
 
 
-def _read_template(path: str) -> str:
-    try:
-        return Path(path).read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
-        raise UserError(f"chat_template: '{path}' cannot be read: {error}") from None
+def _choose_template(tokenizer: Any, config: RunConfig, rows: PairData, log: RunLog) -> None:
+    """The template of the run file, else the tokenizer's own, else (for messages) a plain one, which is announced."""
+    if config.chat_template:
+        try:
+            tokenizer.chat_template = Path(config.chat_template).read_text(encoding="utf-8")
+        except (OSError, UnicodeDecodeError) as error:
+            raise UserError(f"chat_template: '{config.chat_template}' cannot be read: {error}") from None
+    elif tokenizer.chat_template is None and any(not isinstance(pair.prompt, str) for pair in rows.pairs):
+        tokenizer.chat_template = PLAIN_CHAT_TEMPLATE
+        message = (
+            "the data are messages and the tokenizer has no chat template: turns are written out as 'Human:' and "
+            "'Assistant:', and the saved tokenizer keeps this template (chat_template: FILE gives another)"
+        )
+        log.event("warn", "plain-template", message, step=0)
