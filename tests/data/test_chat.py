@@ -9,9 +9,16 @@ from typing import Any
 import pytest
 from tokenizers import processors
 
-from penchant.data.chat import TOKEN_CHECKS, RenderError, TokenizedData, encode, render, tokenize_pairs
+from penchant.data.chat import (
+    PLAIN_CHAT_TEMPLATE,
+    TOKEN_CHECKS,
+    RenderError,
+    TokenizedData,
+    encode,
+    render,
+    tokenize_pairs,
+)
 from penchant.errors import UserError
-from penchant.models.load import PLAIN_CHAT_TEMPLATE
 from penchant.types import Pair
 
 ASK = [{"role": "user", "content": "what is one"}]

@@ -286,6 +286,15 @@ def test_head_that_is_replaced_after_scoring_is_the_one_that_scores(batch: Batch
     assert_same_values_and_gradients(model, batch)
 
 
+@pytest.mark.usefixtures("_float64_throughout")
+def test_setting_that_the_model_does_not_heed_sends_it_to_its_own_logits(batch: Batch) -> None:
+    model = make_model("llama")
+    token_logps(model, batch)
+    model.config.final_logit_softcapping = 2.0  # of Gemma 2; a Llama never looks at it
+    assert_same_values_and_gradients(model, batch)
+    assert builds_full_logits(model)
+
+
 def test_scoring_leaves_the_mode_of_every_part_as_it_was(batch: Batch) -> None:
     model = make_model("llama").train()
     model.model.layers[0].eval()

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
@@ -49,8 +49,9 @@ def tokenize_pairs(
     max_length: int,
     truncation: Literal["truncate", "drop", "error"] = "truncate",
     first_index: int = 0,
+    advance: Callable[[int], None] = lambda pairs: None,
 ) -> TokenizedData:
-    """Pairs as token ids, numbered from `first_index`.
+    """Pairs as token ids, numbered from `first_index`; calls `advance(1)` after each.
 
     A sequence (prompt and completion) has at most `max_length` tokens. Where a completion reaches beyond, `truncate`
     cuts both completions at the same place, `drop` leaves the pair out and `error` stops. A prompt is never cut: a
@@ -62,6 +63,7 @@ def tokenize_pairs(
     """
     data = TokenizedData()
     for index, (pair, result) in enumerate(_encoded(pairs, tokenizer), start=first_index):
+        advance(1)
         if isinstance(result, RowProblem):
             data.problems.append(result)
             continue

@@ -68,8 +68,9 @@ class RunLog:
         def show(done: int, info: str) -> None:
             nonlocal last
             now = time.monotonic()
-            if done < total and now - last < _SECONDS_BETWEEN_PLAIN_LINES:
-                return
+            is_quick = now - last < _SECONDS_BETWEEN_PLAIN_LINES
+            if is_quick and (done < total or (last == started and not info)):
+                return  # work that is over at once needs no line
             last = now
             left = (now - started) / done * (total - done) if done else 0.0
             self.say(label, f"{done}/{total}  {info}".rstrip() + (f"  {duration(left)} left" if left else ""))

@@ -14,6 +14,7 @@ from penchant.config import RunConfig
 from penchant.data.chat import TOKEN_CHECKS, TokenizedData, tokenize_pairs
 from penchant.data.formats import CHECKS, PairData, RowProblem, pairs_from_rows, read_pairs
 from penchant.errors import UserError
+from penchant.training.logger import RunLog
 from penchant.types import Pair, Text
 
 _TOO_LONG = {"T01", "T04", "T05"}
@@ -47,7 +48,9 @@ def refuse_bad_rows(data: PairData, limit: float) -> None:
         raise UserError("data: no usable pair is left.\n" + _examples(data.problems))
 
 
-def tokenize_datasets(config: RunConfig, train: PairData, heldout: PairData | None, tokenizer: Any) -> Datasets:
+def tokenize_datasets(
+    config: RunConfig, train: PairData, heldout: PairData | None, tokenizer: Any, log: RunLog
+) -> Datasets:
     """Tokenised training and held-out pairs; without a held-out file some prompts are split off.
 
     Raises:
@@ -59,7 +62,10 @@ def tokenize_datasets(config: RunConfig, train: PairData, heldout: PairData | No
     tokenized = []
     first_index = 0
     for data in (train, heldout):
-        tokenized.append(tokenize_pairs(data.pairs, tokenizer, config.max_length, config.truncation, first_index))
+        with log.progress("tokenizing", len(data.pairs)) as meter:
+            tokenized.append(
+                tokenize_pairs(data.pairs, tokenizer, config.max_length, config.truncation, first_index, meter.advance)
+            )
         first_index += len(data.pairs)
         bad = [problem for problem in tokenized[-1].problems if problem.code not in _TOO_LONG]
         _refuse([*data.problems, *bad], max(1, data.num_rows), config.max_bad_rows)

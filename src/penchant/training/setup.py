@@ -92,7 +92,7 @@ def set_up(
         torch.manual_seed(config.seed)
         policy = Policy.from_pretrained(config.model, device, precision)
     _choose_template(policy.tokenizer, config, train_rows, log)
-    datasets = tokenize_datasets(config, train_rows, heldout_rows, policy.tokenizer)
+    datasets = tokenize_datasets(config, train_rows, heldout_rows, policy.tokenizer, log)
     base_sha256 = weights_sha256(policy.model)
     layout = choose_layout(policy, config.layout, datasets.train.pairs)
     if config.lora.rank:
