@@ -15,7 +15,7 @@ TOKEN_CHECKS = {
     "T02": "the chat template refuses the messages",
     "T03": "the rendered prompt does not begin the rendered conversation",
     "T04": "longer than max_length",
-    "T05": "chosen and rejected are identical after the cut at max_length",
+    "T05": "chosen and rejected are the same tokens within max_length",
 }
 """What can be wrong with a row once it is rendered and tokenised, by code."""
 
@@ -88,11 +88,13 @@ def tokenize_pairs(
                 data.problems.append(RowProblem("T04", pair.source, message))
                 continue
             chosen_ids, rejected_ids = chosen_ids[:room], rejected_ids[:room]
-            if chosen_ids == rejected_ids:
-                message = f"chosen and rejected differ only beyond max_length {max_length}; raise max_length"
-                data.problems.append(RowProblem("T05", pair.source, message))
-                continue
-            data.num_truncated += 1
+        if chosen_ids == rejected_ids:
+            message = (
+                f"chosen and rejected are the same tokens within max_length {max_length}; raise it, or drop the row"
+            )
+            data.problems.append(RowProblem("T05", pair.source, message))
+            continue
+        data.num_truncated += length > room
         data.pairs.append(TokenizedPair(prompt_ids, chosen_ids, rejected_ids, index))
         data.texts[index] = pair
     return data

@@ -8,8 +8,9 @@ import json
 import zlib
 from collections.abc import Iterator
 from dataclasses import dataclass
+from io import BufferedIOBase
 from pathlib import Path
-from typing import Any, BinaryIO, cast
+from typing import Any
 
 from penchant.errors import UserError
 
@@ -75,19 +76,19 @@ def _require_file(file: Path) -> None:
     raise UserError(f"{file}: there is no such file; {mend}")
 
 
-def _open(file: Path, gzipped: bool) -> BinaryIO:
+def _open(file: Path, gzipped: bool) -> BufferedIOBase:
     with file.open("rb") as stream:
         magic = stream.read(len(_GZIP_MAGIC))
     if not magic:
         raise UserError(f"{file}: the file is empty; write or fetch it again")
     if gzipped:
-        return cast(BinaryIO, gzip.open(file, "rb"))
+        return gzip.open(file, "rb")
     if magic == _GZIP_MAGIC:
         raise UserError(f"{file}: is gzip data; rename it to {file.name}.gz")
     return file.open("rb")
 
 
-def _read_lines(file: Path, stream: BinaryIO) -> Iterator[tuple[str, Any]]:
+def _read_lines(file: Path, stream: BufferedIOBase) -> Iterator[tuple[str, Any]]:
     num_rows = 0
     # Bytes are split at "\n" alone: `str.splitlines` would also split at U+2028, legal inside a JSON string.
     for number, raw in enumerate(stream, start=1):
@@ -113,7 +114,7 @@ def _parse_line(line: str) -> Any:
         return Unreadable(f"the line is not usable JSON ({type(fault).__name__}); mend or delete it")
 
 
-def _read_array(file: Path, stream: BinaryIO) -> Iterator[tuple[str, Any]]:
+def _read_array(file: Path, stream: BufferedIOBase) -> Iterator[tuple[str, Any]]:
     text = _decode(file, stream.read().removeprefix(_BOM), first_line=1)
     if not text.strip():
         raise UserError(f"{file}: the file is empty; write or fetch it again")

@@ -111,7 +111,7 @@ def read_pairs(path: str | Path) -> PairData:
     return _collect(read_rows(path))
 
 
-def pairs_from_rows(rows: Iterable[Mapping[str, Any]], name: str = "rows") -> PairData:
+def pairs_from_rows(rows: Iterable[Any], name: str = "rows") -> PairData:
     """The pairs of rows in memory; the source of the first is `rows[0]`."""
     return _collect((f"{name}[{index}]", row) for index, row in enumerate(rows))
 
