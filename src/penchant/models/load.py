@@ -7,6 +7,8 @@ import os
 import re
 import shutil
 import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -30,8 +32,9 @@ def load_model_and_tokenizer(name: str, device: torch.device | str = "cpu") -> t
     """
     try:
         path = _local_folder(name)
-        is_adapter = (Path(path) / "adapter_config.json").exists()
-        model, tokenizer = _merged_adapter(path) if is_adapter else (_complete_model(path), _tokenizer(path))
+        with _without_bars() if Path(path).is_dir() else nullcontext():  # a download does want its bar
+            is_adapter = (Path(path) / "adapter_config.json").exists()
+            model, tokenizer = _merged_adapter(path) if is_adapter else (_complete_model(path), _tokenizer(path))
     except (OSError, ValueError, KeyError, RuntimeError, ImportError, SafetensorError) as error:
         where = "" if Path(name).expanduser().exists() else " is no local folder and"
         raise UserError(f"model: '{name}'{where} cannot be loaded. {_first_sentence(error)}") from error
@@ -73,7 +76,8 @@ def save_model(model: Any, tokenizer: Any, folder: Path) -> None:
     folder.parent.mkdir(parents=True, exist_ok=True)
     partial = Path(tempfile.mkdtemp(prefix=f".{folder.name}.", dir=folder.parent))
     try:
-        model.save_pretrained(partial)
+        with _without_bars():
+            model.save_pretrained(partial)
         tokenizer.save_pretrained(partial)
         for path in (partial, *partial.iterdir()):
             path.chmod(0o755 if path.is_dir() else 0o644)  # temporary folders and files are made private
@@ -97,6 +101,20 @@ def cache_folder() -> Path:
     """Where converted models are kept: `$PENCHANT_CACHE`, else `penchant` under the user's cache folder."""
     default = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "penchant"
     return Path(os.environ.get("PENCHANT_CACHE") or default)
+
+
+@contextmanager
+def _without_bars() -> Iterator[None]:
+    """Within it, transformers shows no bars of its own for work of a second."""
+    from transformers.utils import logging
+
+    was_enabled = logging.is_progress_bar_enabled()
+    logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        if was_enabled:
+            logging.enable_progress_bar()
 
 
 def _local_folder(name: str) -> str:
@@ -132,7 +150,7 @@ def _converted_gguf(path: Path) -> Path:
     except ImportError:
         raise UserError("model: reading .gguf files needs the package gguf: pip install 'penchant[gguf]'.") from None
     tokenizer = _tokenizer(str(path.parent), gguf_file=path.name)
-    loaded = _complete_model(str(path.parent), gguf_file=path.name)
+    loaded = _complete_model(str(path.parent), gguf_file=path.name, **_unpacked())
     # What was loaded still counts as quantized and could not be saved: its float32 weights go into a plain model.
     settings = loaded.config.to_dict()
     settings.pop("quantization_config", None)
@@ -142,6 +160,14 @@ def _converted_gguf(path: Path) -> Path:
     model.generation_config = loaded.generation_config
     save_model(model, tokenizer, folder)
     return folder
+
+
+def _unpacked() -> dict[str, Any]:
+    """How to ask for plain weights: newer transformers may otherwise leave those of a GGUF file in packed blocks."""
+    import transformers
+
+    config = getattr(transformers, "GgufConfig", None)
+    return {} if config is None else {"quantization_config": config(dequantize=True)}
 
 
 def _complete_model(path: str, **where: Any) -> Any:

@@ -9,6 +9,7 @@ import torch
 
 from penchant.scoring.layout import Layout
 from penchant.scoring.policy import Policy
+from penchant.training.hardware import peak_memory_bytes
 from penchant.training.step import trainable_parameters
 from penchant.types import TokenizedPair
 
@@ -60,7 +61,8 @@ def estimate_run(
     return Estimate(
         seconds=seconds_per_token * ((1 + backward) * tokens_to_learn + tokens_to_score),
         memory_bytes=round(
-            all_bytes * (2 if has_reference_copy else 1)
+            peak_memory_bytes(policy.device)  # weights, libraries and the workspace of a forward pass
+            + (all_bytes if has_reference_copy else 0)
             + 3 * trained_bytes  # gradient and two moments of AdamW
             + activation_bytes / num_tokens * largest_microbatch
         ),

@@ -46,8 +46,11 @@ class RunLog:
             append_json_line(self.run_dir / "metrics.jsonl", record)
 
     @contextmanager
-    def progress(self, label: str, total: int) -> Iterator[Meter]:
-        """A bar (or, without a terminal, a line every few seconds) for work of `total` units."""
+    def progress(self, label: str, total: int, stays: bool = False) -> Iterator[Meter]:
+        """A bar (or, without a terminal, a line every few seconds) for work of `total` units.
+
+        The bar goes when the work is done, unless it `stays`.
+        """
         if self._console.is_terminal and not self._console.quiet:
             columns = [
                 TextColumn(f"[bold]{label:<10}[/bold]"),
@@ -56,7 +59,7 @@ class RunLog:
                 TextColumn("{task.fields[info]}"),
                 TimeRemainingColumn(compact=True, elapsed_when_finished=True),
             ]
-            with Progress(*columns, console=self._console) as bar:
+            with Progress(*columns, console=self._console, transient=not stays) as bar:
                 task = bar.add_task(label, total=total, info="")
                 yield Meter(lambda done, info: bar.update(task, completed=done, info=escape(info)))
         else:
@@ -99,6 +102,11 @@ def duration(seconds: float) -> str:
     if whole < 3600:
         return f"{whole // 60} min {whole % 60} s"
     return f"{whole // 3600} h {whole % 3600 // 60} min"
+
+
+def count(number: int, noun: str) -> str:
+    """`1 step`, `5 steps`."""
+    return f"{number} {noun}" if number == 1 else f"{number} {noun}s"
 
 
 def one_line(metrics: dict[str, Any]) -> str:

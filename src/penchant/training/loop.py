@@ -5,7 +5,7 @@ from __future__ import annotations
 import shutil
 import signal
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -49,8 +49,10 @@ class Fit:
     evaluations: list[PairEvaluation] = field(default_factory=list)
 
 
-def fit(setup: Setup, reference: Reference | None, log: RunLog, run_dir: Path) -> Fit:
+def fit(setup: Setup, reference: Reference | None, log: RunLog, run_dir: Path, keep: Callable[..., None]) -> Fit:
     """Trains the policy in place and evaluates it before, meanwhile and after.
+
+    `keep(steps=..., pairs_seen=...)` is called whenever metrics are written.
 
     Raises:
         UserError: three steps in a row were not finite, or a microbatch does not fit into memory.
@@ -79,7 +81,7 @@ def fit(setup: Setup, reference: Reference | None, log: RunLog, run_dir: Path) -
     evaluate()
     policy.model.train()
     window, bad_steps = _Window(), 0
-    with _stop_on_signals() as stop, log.progress("training", total) as meter:
+    with _stop_on_signals() as stop, log.progress("training", total, stays=True) as meter:
         for batch in loader.batches(train_pairs, config.batch_size, config.seed):
             step_started = time.monotonic()
             rate = learning_rate_at(done.steps + 1, total, config)
@@ -102,6 +104,7 @@ def fit(setup: Setup, reference: Reference | None, log: RunLog, run_dir: Path) -
                 info = one_line(values)
                 done.tokens_seen += window.tokens
                 done.train_s += window.seconds
+                keep(steps=done.steps, pairs_seen=done.pairs_seen)
                 window = _Window()
             meter.advance(1, info)
             if is_last:

@@ -23,10 +23,10 @@ from penchant.report import write_model_card, write_report
 from penchant.scoring.policy import Policy
 from penchant.scoring.reference import Reference
 from penchant.training import hardware
+from penchant.training.datasets import Rows, plain_text
 from penchant.training.identity import check_identity
-from penchant.training.logger import RunLog
+from penchant.training.logger import RunLog, count
 from penchant.training.loop import Fit, fit
-from penchant.training.prepare import Rows, plain_text
 from penchant.training.rundir import (
     check_run_dir,
     choose_run_dir,
@@ -167,8 +167,8 @@ def _work(setup: Setup, log: RunLog, run_dir: Path, keep: Callable[..., None]) -
         keep(reference=reference.description)
         log.say("reference", reference.description)
         _check_identity(setup, reference, log)
-    done = fit(setup, reference, log, run_dir)
-    keep(steps=done.steps, pairs_seen=done.pairs_seen, tokens_per_s=round(done.tokens_seen / done.train_s, 1))
+    done = fit(setup, reference, log, run_dir, keep)
+    keep(tokens_per_s=round(done.tokens_seen / done.train_s, 1))
     _write_pairs(setup, reference, done, run_dir)
     if done.interrupted:
         keep(status="interrupted")
@@ -202,7 +202,7 @@ def _sample_prompts(setup: Setup) -> list[Pair]:
 def _answers(setup: Setup, prompts: list[Pair], log: RunLog, when: str) -> list[str]:
     if not prompts:
         return []
-    log.say("samples", f"answering {len(prompts)} prompts {when} training")
+    log.say("samples", f"answering {count(len(prompts), 'prompt')} {when} training")
     return setup.policy.generate([pair.prompt for pair in prompts], setup.config.sample_max_new_tokens)
 
 

@@ -23,9 +23,9 @@ from penchant.scoring.layout import Layout, choose_layout, trouble_with_sharing
 from penchant.scoring.policy import Policy
 from penchant.scoring.reference import AdapterOff, FrozenModel, Precomputed, Reference
 from penchant.training import hardware
+from penchant.training.datasets import Datasets, Rows, read_rows, refuse_bad_rows, tokenize_datasets
 from penchant.training.estimate import Estimate, estimate_run
-from penchant.training.logger import RunLog, duration
-from penchant.training.prepare import Datasets, Rows, read_rows, refuse_bad_rows, tokenize_datasets
+from penchant.training.logger import RunLog, count, duration
 from penchant.training.schedule import eval_interval, num_steps
 from penchant.training.step import trainable_parameters
 from penchant.types import TokenizedPair
@@ -88,7 +88,8 @@ def set_up(
     device = hardware.resolve_device(config.device) if policy is None else policy.device
     precision = hardware.resolve_precision(config.dtype, device)
     if policy is None:
-        log.say("model", f"loading {config.model}")
+        note = " (converted on first use, which takes a minute)" if config.model.endswith(".gguf") else ""
+        log.say("model", f"loading {config.model}{note}")
         torch.manual_seed(config.seed)
         policy = Policy.from_pretrained(config.model, device, precision)
     _choose_template(policy.tokenizer, config, train_rows, log)
@@ -181,7 +182,7 @@ def describe(setup: Setup, log: RunLog) -> None:
     pairs = min(config.batch_size, len(setup.datasets.train.pairs))
     log.say(
         "plan",
-        f"{setup.steps} steps of {pairs} pairs at learning rate {config.peak_learning_rate():g}; "
+        f"{count(setup.steps, 'step')} of {count(pairs, 'pair')} at learning rate {config.peak_learning_rate():g}; "
         f"about {duration(cost.seconds)} and {cost.memory_bytes / 2**30:.1f} GiB expected",
     )
 
@@ -213,7 +214,7 @@ def _data_sentence(data: dict[str, Any]) -> str:
     reasons = "; ".join(f"{count} {reason}" for reason, count in data["dropped"].items())
     lengths = ", ".join(f"{name} {v['mean']:.0f}" for name, v in data["lengths"].items())
     return (
-        f"{data['used']} pairs from {short_path(data['path'])} ({families})"
+        f"{count(data['used'], 'pair')} from {short_path(data['path'])} ({families})"
         + (f"; {dropped} left out ({reasons})" if dropped else "")
         + (f"; {data['truncated']} cut at max_length" if data["truncated"] else "")
         + f"; mean tokens: {lengths}; the longer answer is the chosen one in {data['longer_wins']:.1%}"
