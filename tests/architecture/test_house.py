@@ -133,8 +133,8 @@ def test_the_list_of_options_is_the_golden_file() -> None:
 
 
 def test_the_tree_in_the_readme_is_true() -> None:
-    tree = re.search(r"```text\n(src/penchant/.*?)```", (ROOT / "CONTRIBUTING.md").read_text(), re.DOTALL)
-    assert tree, "CONTRIBUTING.md shows no tree"
+    tree = re.search(r"```text\n(src/penchant/.*?)```", (ROOT / "README.md").read_text(), re.DOTALL)
+    assert tree, "README.md shows no tree"
     named: set[str] = set()
     for line in tree.group(1).splitlines()[1:]:
         named.add(line.split()[0].rstrip("/"))
