@@ -364,3 +364,15 @@ def test_messages_for_a_tokenizer_without_template_are_written_out_and_announced
     text = saved.apply_chat_template(rows(1)[0]["prompt"], add_generation_prompt=True, tokenize=False)
     assert text.startswith("\n\nHuman: ")
     assert text.endswith("\n\nAssistant:")
+
+
+def test_bf16_starts_near_log_two_and_learns(model_folder: Path, tmp_path: Path) -> None:
+    from penchant.training.hardware import multiplies_bf16
+
+    result = train(model_folder, tmp_path, dtype="bf16")
+    trained, evaluated = metrics_of(result.run_dir)
+    assert trained[0]["loss"] == pytest.approx(0.693147, abs=2e-2)
+    assert evaluated[-1]["eval_rewards/accuracies"] == 1.0
+    assert result.summary["dtype"] == "bf16"
+    events = (result.run_dir / "events.jsonl").read_text()
+    assert ("no bf16 arithmetic" in events) == (not multiplies_bf16(torch.device("cpu")))

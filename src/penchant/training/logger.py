@@ -21,12 +21,19 @@ _SECONDS_BETWEEN_PLAIN_LINES = 5.0
 class RunLog:
     """The voice of a run. Everything goes to standard error; standard output is left to results.
 
-    Without a run directory (a dry run, say) nothing is written to files.
+    Files are written once there is a run directory; a dry run has none.
     """
 
-    def __init__(self, run_dir: Path | None = None, quiet: bool = False) -> None:
-        self.run_dir = run_dir
+    def __init__(self, quiet: bool = False) -> None:
+        self._run_dir: Path | None = None
+        self._early_events: list[dict[str, Any]] = []
         self._console = Console(stderr=True, quiet=quiet, highlight=False, soft_wrap=True)
+
+    def keep_in(self, run_dir: Path) -> None:
+        """From here on events and metrics are kept in `run_dir`, the events so far included."""
+        self._run_dir = run_dir
+        for record in self._early_events:
+            append_json_line(run_dir / "events.jsonl", record)
 
     def say(self, label: str, text: str) -> None:
         """A line for people: `data      240 pairs from ...`."""
@@ -34,16 +41,18 @@ class RunLog:
 
     def event(self, severity: str, code: str, message: str, step: int) -> None:
         """Something worth knowing: kept in events.jsonl and, from `warn` on, said aloud."""
-        if self.run_dir:
-            record = {"step": step, "severity": severity, "code": code, "message": message}
-            append_json_line(self.run_dir / "events.jsonl", record)
+        record = {"step": step, "severity": severity, "code": code, "message": message}
+        if self._run_dir:
+            append_json_line(self._run_dir / "events.jsonl", record)
+        else:
+            self._early_events.append(record)
         if severity != "info":
             self._console.print(f"[yellow]{severity:<10}[/yellow] {escape(message)}")
 
     def metrics(self, record: dict[str, Any]) -> None:
         """One line of metrics.jsonl."""
-        if self.run_dir:
-            append_json_line(self.run_dir / "metrics.jsonl", record)
+        if self._run_dir:
+            append_json_line(self._run_dir / "metrics.jsonl", record)
 
     @contextmanager
     def progress(self, label: str, total: int, stays: bool = False) -> Iterator[Meter]:

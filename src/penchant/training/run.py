@@ -99,7 +99,7 @@ def execute(
     check_run_dir(run_dir, overwrite)
     setup = set_up(config, log, data, eval_data, policy)
     open_run_dir(run_dir, overwrite)
-    log.run_dir = run_dir
+    log.keep_in(run_dir)
     write_text(
         run_dir / "run.yaml",
         config.to_yaml(
