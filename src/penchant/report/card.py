@@ -53,7 +53,7 @@ def _render(run: RunRecord) -> str:
         tag=re.sub(r"[^a-z0-9]+", "-", method.lower()).strip("-"),
         lora=summary.get("lora") is True,
         loss=_fields(as_mapping(summary.get("loss"))),
-        loss_doc=str(summary.get("loss_doc") or "").strip(),
+        loss_doc=str(summary.get("loss_doc") or "").replace("`", ""),
         reference=str(summary.get("reference") or "").strip(),
         steps=finite(summary.get("steps")),
         pairs_seen=finite(summary.get("pairs_seen")),
