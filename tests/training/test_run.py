@@ -376,3 +376,8 @@ def test_bf16_starts_near_log_two_and_learns(model_folder: Path, tmp_path: Path)
     assert result.summary["dtype"] == "bf16"
     events = (result.run_dir / "events.jsonl").read_text()
     assert ("no bf16 arithmetic" in events) == (not multiplies_bf16(torch.device("cpu")))
+
+
+def test_a_policy_in_hand_takes_the_arithmetic_of_the_run(model_folder: Path, tmp_path: Path) -> None:
+    policy = Policy.from_pretrained(str(model_folder))
+    assert train(model_folder, tmp_path, model=policy, dtype="bf16", max_steps=1).summary["dtype"] == "bf16"

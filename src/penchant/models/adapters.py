@@ -30,11 +30,6 @@ def add_lora(model: nn.Module, rank: int, alpha: int, target_modules: str | list
         raise UserError(f"lora.target_modules: {' '.join(str(error).split())[:300]}") from error
 
 
-def is_adapted(model: nn.Module) -> bool:
-    """Whether the model is a base model wearing a peft adapter."""
-    return hasattr(model, "disable_adapter")
-
-
 @contextmanager
 def adapter_off(model: nn.Module) -> Iterator[None]:
     """Within it, the model is its base model."""

@@ -39,7 +39,7 @@ def attend_in_rows(
         return sdpa_attention_forward(module, query, key, value, attention_mask, **kwargs)
     for name in ("softcap", "s_aux"):
         if kwargs.get(name) is not None:
-            raise NotImplementedError(f"attention with {name}")
+            raise ValueError(f"{name} is not among what shared rows know")
 
     def spread(packed: Tensor) -> Tensor:  # (1, H, T, D) -> (N, H, L, D)
         heads, _, size = packed.shape[1:]

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -125,8 +124,3 @@ def one_line(metrics: dict[str, Any]) -> str:
     if metrics.get("tokens_per_s"):
         parts.append(f"{metrics['tokens_per_s']:,.0f} tokens/s")
     return "  ".join(parts)
-
-
-def dump_json(value: Any) -> str:
-    """JSON for people and programs alike."""
-    return json.dumps(value, indent=2, ensure_ascii=False, allow_nan=False)

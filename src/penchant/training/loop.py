@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import shutil
 import signal
+import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -188,11 +189,9 @@ def _stop_on_signals() -> Iterator[Stop]:
             raise KeyboardInterrupt
         stop.requested = True
 
-    try:
+    if threading.current_thread() is threading.main_thread():  # no other thread may take signals
         for signum in (signal.SIGINT, signal.SIGTERM):
             previous[signum] = signal.signal(signum, request)
-    except ValueError:
-        pass  # signals reach the main thread only; in another thread nobody can ask
     try:
         yield stop
     finally:

@@ -85,12 +85,14 @@ def set_up(
         heldout_rows = read_rows(eval_data if eval_data is not None else str(config.eval_data), "eval_data")
         refuse_bad_rows(heldout_rows, config.max_bad_rows)
 
-    device = hardware.resolve_device(config.device) if policy is None else policy.device
-    precision = hardware.resolve_precision(config.dtype, device)
-    if policy is None:
+    torch.manual_seed(config.seed)
+    if policy is not None:
+        policy = _as_configured(policy, config)
+    else:
+        device = hardware.resolve_device(config.device)
+        precision = hardware.resolve_precision(config.dtype, device)
         note = " (converted on first use, which takes a minute)" if config.model.endswith(".gguf") else ""
         log.say("model", f"loading {config.model}{note}")
-        torch.manual_seed(config.seed)
         policy = Policy.from_pretrained(config.model, device, precision)
     _choose_template(policy.tokenizer, config, train_rows, log)
     datasets = tokenize_datasets(config, train_rows, heldout_rows, policy.tokenizer, log)
@@ -110,7 +112,7 @@ def set_up(
         policy=policy,
         datasets=datasets,
         layout=layout,
-        max_tokens=config.microbatch_tokens or hardware.default_microbatch_tokens(device),
+        max_tokens=config.microbatch_tokens or hardware.default_microbatch_tokens(policy.device),
         base_sha256=base_sha256,
     )
     describe(setup, log)
@@ -211,7 +213,7 @@ def short_path(path: str) -> str:
 def _data_sentence(data: dict[str, Any]) -> str:
     families = ", ".join(data["families"])
     dropped = sum(data["dropped"].values())
-    reasons = "; ".join(f"{count} {reason}" for reason, count in data["dropped"].items())
+    reasons = "; ".join(f"{rows} {reason}" for reason, rows in data["dropped"].items())
     lengths = ", ".join(f"{name} {v['mean']:.0f}" for name, v in data["lengths"].items())
     return (
         f"{count(data['used'], 'pair')} from {short_path(data['path'])} ({families})"
@@ -219,6 +221,15 @@ def _data_sentence(data: dict[str, Any]) -> str:
         + (f"; {data['truncated']} cut at max_length" if data["truncated"] else "")
         + f"; mean tokens: {lengths}; the longer answer is the chosen one in {data['longer_wins']:.1%}"
     )
+
+
+def _as_configured(policy: Policy, config: RunConfig) -> Policy:
+    """A policy in hand with the arithmetic of the run file; it stays on the device where it is."""
+    if config.device != "auto" and hardware.resolve_device(config.device).type != policy.device.type:
+        raise UserError(f"device: the policy in hand is on {policy.device}; move it there, or leave device out.")
+    if config.dtype == "auto":
+        return policy
+    return Policy(policy.model, policy.tokenizer, hardware.resolve_precision(config.dtype, policy.device))
 
 
 def _refuse_several_processes() -> None:
