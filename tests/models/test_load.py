@@ -16,7 +16,7 @@ from torch import nn
 from penchant.errors import UserError
 from penchant.layouts.padded import collate_sequences
 from penchant.models import load
-from penchant.models.adapters import add_lora, is_adapted
+from penchant.models.adapters import add_lora
 from penchant.models.load import disable_dropout, load_model_and_tokenizer, save_model, weights_sha256
 from penchant.models.logps import token_logps
 from penchant.types import Batch
@@ -129,7 +129,7 @@ def test_adapter_folder_loads_merged_into_its_base(
     else:
         model.save_pretrained(tmp_path / "adapter")
     loaded, loaded_tokenizer = load_model_and_tokenizer(str(tmp_path / "adapter"))
-    assert not is_adapted(loaded)
+    assert not hasattr(loaded, "disable_adapter")
     torch.testing.assert_close(logps(loaded), logps(model), rtol=0, atol=1e-4)
     assert not torch.allclose(logps(loaded), unadapted, atol=1e-1)
     assert loaded_tokenizer.chat_template == tokenizer.chat_template
