@@ -1,7 +1,8 @@
 """The vocabulary: the records that the rooms of the house hand to each other.
 
-Shapes, used everywhere: B pairs, N sequences (2B for pairs: the B chosen ones first, then the B rejected ones),
-T tokens of a row, M completion tokens of a batch, V vocabulary, D hidden size.
+Shapes, used everywhere: B examples (pairs, say), N sequences (for pairs 2B: chosen and rejected in turn), K completions
+of one prompt, C or R completion tokens of a row, T tokens of a row, M scored tokens of a batch, V vocabulary, D hidden
+size.
 """
 
 from __future__ import annotations
@@ -32,30 +33,75 @@ class Pair:
     chosen: Text
     rejected: Text
     source: str = ""
+    weight: float = 1.0
+    """How much the pair counts, relative to the others."""
+    margin: float | None = None
+    """By how much chosen is better (a difference of scores, say), where the data know."""
+    win_probabilities: tuple[float, float] | None = None
+    """Chances of chosen and of rejected to beat the policy that made them, where the data know (SPPO)."""
+
+    @property
+    def completions(self) -> tuple[Text, ...]:
+        """Chosen, rejected."""
+        return self.chosen, self.rejected
 
 
 @dataclass(frozen=True)
-class TokenizedPair:
-    """A pair as token ids; each completion ends with its end-of-turn token.
+class Unpaired:
+    """One completion, judged on its own; `is_desirable` is None where nobody judged it."""
 
-    `prompt_ids + chosen_ids` is one sequence, `prompt_ids + rejected_ids` the other. `index` names the pair within a
-    run, wherever numbers are kept for it (a precomputed reference, for one).
+    prompt: Text
+    completion: Text
+    is_desirable: bool | None
+    source: str = ""
+    weight: float = 1.0
+
+    @property
+    def completions(self) -> tuple[Text, ...]:
+        """The completion."""
+        return (self.completion,)
+
+
+@dataclass(frozen=True)
+class Ranking:
+    """Several completions of one prompt, the best first; `scores` are theirs, where the data know."""
+
+    prompt: Text
+    completions: tuple[Text, ...]
+    source: str = ""
+    weight: float = 1.0
+    scores: tuple[float, ...] | None = None
+
+
+Example = Pair | Unpaired | Ranking
+"""What a row of preference data holds."""
+
+
+@dataclass(frozen=True)
+class TokenizedExample:
+    """A prompt and its completions as token ids; each completion ends with its end-of-turn token.
+
+    Pairs hold (chosen, rejected), unpaired examples one completion, rankings K, the best first. `prompt_ids` and one
+    completion make one sequence. `index` names the example within a run.
     """
 
     prompt_ids: Sequence[int]
-    chosen_ids: Sequence[int]
-    rejected_ids: Sequence[int]
+    completion_ids: tuple[Sequence[int], ...]
     index: int
+    weight: float = 1.0
+    margin: float | None = None
+    win_probabilities: tuple[float, float] | None = None
+    is_desirable: bool | None = None
 
     @property
     def num_tokens(self) -> int:
-        """Tokens of the longer of the two sequences."""
-        return len(self.prompt_ids) + max(len(self.chosen_ids), len(self.rejected_ids))
+        """Tokens of the longest of the sequences."""
+        return len(self.prompt_ids) + max(map(len, self.completion_ids))
 
     @property
     def num_scored_tokens(self) -> int:
-        """Tokens of both sequences, the prompt counted twice: what any layout has to account for."""
-        return 2 * len(self.prompt_ids) + len(self.chosen_ids) + len(self.rejected_ids)
+        """Tokens of all sequences, the prompt counted in each: what any layout has to account for."""
+        return len(self.prompt_ids) * len(self.completion_ids) + sum(map(len, self.completion_ids))
 
 
 @dataclass(frozen=True)
@@ -80,16 +126,23 @@ class Batch:
 
     `model_inputs` goes to the model as keyword arguments. Flatten the model's (rows, T, D) hidden states to
     (rows * T, D): row `hidden_rows[m]` predicts token `target_ids[m]`, which belongs to sequence `sequence_ids[m]`.
-    The M targets of a sequence are consecutive and in order, and the sequences follow each other. `indices` names the
-    pairs in the order of the sequences.
+    The M targets of a sequence are consecutive and in order, and the sequences follow each other: the completions of
+    the first example, of the second, ... Where prompts are scored too, B more sequences follow: the prompts, each
+    from its second token on (nothing predicts the first).
     """
 
     model_inputs: dict[str, Any]
     hidden_rows: Int[Tensor, " M"]
     target_ids: Int[Tensor, " M"]
     sequence_ids: Int[Tensor, " M"]
-    lengths: Int[Tensor, " N"]
-    indices: tuple[int, ...]
+    lengths: Int[Tensor, " S"]
+    examples: tuple[TokenizedExample, ...]
+    with_prompts: bool = False
+
+    @property
+    def num_sequences(self) -> int:
+        """N: the sequences that are completions."""
+        return sum(len(example.completion_ids) for example in self.examples)
 
     def to(self, device: torch.device | str) -> Batch:
         """The same batch on another device."""
@@ -99,25 +152,40 @@ class Batch:
             target_ids=self.target_ids.to(device),
             sequence_ids=self.sequence_ids.to(device),
             lengths=self.lengths.to(device),
-            indices=self.indices,
+            examples=self.examples,
+            with_prompts=self.with_prompts,
         )
 
-    def sum_by_sequence(self, values: Float[Tensor, " M"]) -> Float[Tensor, " N"]:
-        """Adds up a value of every completion token within each sequence: the map from tokens back to sequences."""
+    def sum_by_sequence(self, values: Float[Tensor, " M"]) -> Float[Tensor, " S"]:
+        """Adds up a value of every scored token within each sequence: the map from tokens back to sequences."""
         sums = torch.zeros(self.lengths.shape[0], dtype=values.dtype, device=values.device)
         return sums.index_add(0, self.sequence_ids, values)
 
 
 @dataclass(frozen=True)
 class TokenLogps:
-    """What a model says about the M completion tokens of a batch, in nats.
+    """What a model says about the M scored tokens of a batch, in nats.
 
-    `logps[m]` is log pi(y_t | x, y_<t); `entropies[m]` the entropy of that whole distribution (no
-    gradient; None where nobody asked).
+    `logps[m]` is log pi(y_t | x, y_<t); `entropies[m]` the entropy of that whole distribution; `log_collisions[m]` the
+    log of the sum over the vocabulary of pi(v | x, y_<t)^2. The latter two carry no gradient and are None where nobody
+    asked.
     """
 
     logps: Float[Tensor, " M"]
-    entropies: Float[Tensor, " M"] | None
+    entropies: Float[Tensor, " M"] | None = None
+    log_collisions: Float[Tensor, " M"] | None = None
+
+
+@dataclass(frozen=True)
+class PairTokens:
+    """Token by token what `PairLogps` adds up, for the few losses that need it; 0 behind the end of a completion."""
+
+    policy_chosen_logps: Float[Tensor, "B C"]
+    policy_rejected_logps: Float[Tensor, "B R"]
+    ref_chosen_logps: Float[Tensor, "B C"] | None
+    ref_rejected_logps: Float[Tensor, "B R"] | None
+    policy_chosen_log_collisions: Float[Tensor, "B C"] | None = None
+    policy_rejected_log_collisions: Float[Tensor, "B R"] | None = None
 
 
 @dataclass(frozen=True)
@@ -126,7 +194,8 @@ class PairLogps:
 
     Everything above (data, layouts, models) produces it, everything below (losses, metrics) consumes it. Each
     log-probability is the sum over the completion's tokens of log pi(y_t | x, y_<t), in nats; lengths count those
-    tokens. Without a reference `ref_chosen_logps` and `ref_rejected_logps` are None.
+    tokens. Without a reference `ref_chosen_logps` and `ref_rejected_logps` are None. The fields after the lengths are
+    None unless the loss asks for them or the data have them.
     """
 
     policy_chosen_logps: Float[Tensor, " B"]
@@ -135,6 +204,17 @@ class PairLogps:
     ref_rejected_logps: Float[Tensor, " B"] | None
     chosen_lengths: Int[Tensor, " B"]
     rejected_lengths: Int[Tensor, " B"]
+    margins: Float[Tensor, " B"] | None = None
+    """The data's `margin` column."""
+    win_probabilities: Float[Tensor, "B 2"] | None = None
+    """The data's win probabilities of chosen and rejected."""
+    policy_prompt_logps: Float[Tensor, " B"] | None = None
+    """Summed over the prompt's tokens but the first."""
+    prompt_lengths: Int[Tensor, " B"] | None = None
+    """How many tokens that sum has."""
+    tokens_per_example: float | None = None
+    """Chosen tokens per pair of the whole optimizer batch, where this is a part of one."""
+    tokens: PairTokens | None = None
 
     def log_ratios(self) -> tuple[Float[Tensor, " B"], Float[Tensor, " B"]]:
         """log pi - log pi_ref of the chosen and of the rejected completion, in nats.
@@ -158,3 +238,44 @@ class SequenceLogps:
     ref_logps: Float[Tensor, " N"] | None
     lengths: Int[Tensor, " N"]
     is_desirable: Bool[Tensor, " N"]
+    kl: Float[Tensor, ""] | None = None
+    """Estimate of KL(policy || reference) by mismatched completions, in nats, at least 0, no gradient (KTO's z0)."""
+    tokens_per_example: float | None = None
+    """Desirable tokens per completion of the whole optimizer batch, where this is a part of one."""
+
+    def log_ratios(self) -> Float[Tensor, " N"]:
+        """log pi - log pi_ref of each completion, in nats.
+
+        Raises:
+            ValueError: there is no reference.
+        """
+        if self.ref_logps is None:
+            raise ValueError("this loss compares with a reference, and the log-probabilities carry none")
+        return self.policy_logps - self.ref_logps
+
+
+@dataclass(frozen=True)
+class RankedLogps:
+    """The waist's sibling for rankings: B prompts with up to K completions, the best first, in nats.
+
+    Where a ranking is shorter than K, `is_present` is false and the numbers are 0.
+    """
+
+    policy_logps: Float[Tensor, "B K"]
+    ref_logps: Float[Tensor, "B K"] | None
+    lengths: Int[Tensor, "B K"]
+    is_present: Bool[Tensor, "B K"]
+
+    def log_ratios(self) -> Float[Tensor, "B K"]:
+        """log pi - log pi_ref of each completion, in nats.
+
+        Raises:
+            ValueError: there is no reference.
+        """
+        if self.ref_logps is None:
+            raise ValueError("this loss compares with a reference, and the log-probabilities carry none")
+        return self.policy_logps - self.ref_logps
+
+
+Logps = PairLogps | SequenceLogps | RankedLogps
+"""What a loss consumes."""

@@ -1,6 +1,72 @@
 """Preference losses: each one frozen dataclass, its fields the hyperparameters, its call the equation."""
 
-from penchant.losses.base import LOSSES, PairLoss, build_loss, preference_accuracy
-from penchant.losses.pairwise import DPOLoss, IPOLoss
+from penchant.losses.absolute import APODownLoss, APOZeroLoss, BCOPairLoss, NCALoss, SPPOLoss
+from penchant.losses.base import (
+    LOSSES,
+    NEEDS,
+    Loss,
+    PairLoss,
+    RankedLoss,
+    UnpairedLoss,
+    WeightedSum,
+    preference_accuracy,
+)
+from penchant.losses.build import build_loss
+from penchant.losses.lengths import LengthDesensitizedDPOLoss, LengthNormalizedDPOLoss, LengthRegularizedDPOLoss
+from penchant.losses.pairwise import (
+    AOTLoss,
+    DiscoPOPLoss,
+    DPOLoss,
+    DPOPLoss,
+    EXOLoss,
+    FDivergenceDPOLoss,
+    HingeLoss,
+    IPOLoss,
+    OffsetDPOLoss,
+    RobustDPOLoss,
+    WPOLoss,
+)
+from penchant.losses.ranked import PlackettLuceDPOLoss
+from penchant.losses.reference_free import CPOLoss, ORPOLoss, SFTLoss, SimPOLoss, SLiCLoss
+from penchant.losses.unpaired import AOTUnpairedLoss, APOZeroUnpairedLoss, BCOLoss, KTOLoss
 
-__all__ = ["LOSSES", "DPOLoss", "IPOLoss", "PairLoss", "build_loss", "preference_accuracy"]
+__all__ = [
+    "LOSSES",
+    "NEEDS",
+    "AOTLoss",
+    "AOTUnpairedLoss",
+    "APODownLoss",
+    "APOZeroLoss",
+    "APOZeroUnpairedLoss",
+    "BCOLoss",
+    "BCOPairLoss",
+    "CPOLoss",
+    "DPOLoss",
+    "DPOPLoss",
+    "DiscoPOPLoss",
+    "EXOLoss",
+    "FDivergenceDPOLoss",
+    "HingeLoss",
+    "IPOLoss",
+    "KTOLoss",
+    "LengthDesensitizedDPOLoss",
+    "LengthNormalizedDPOLoss",
+    "LengthRegularizedDPOLoss",
+    "Loss",
+    "NCALoss",
+    "ORPOLoss",
+    "OffsetDPOLoss",
+    "PairLoss",
+    "PlackettLuceDPOLoss",
+    "RankedLoss",
+    "RobustDPOLoss",
+    "SFTLoss",
+    "SLiCLoss",
+    "SPPOLoss",
+    "SimPOLoss",
+    "UnpairedLoss",
+    "WPOLoss",
+    "WeightedSum",
+    "build_loss",
+    "preference_accuracy",
+]

@@ -1,47 +1,171 @@
-"""What every loss over pairs is, and the registry that the command line and the run file read."""
+"""What every loss is, and the registry that the command line and the run file read."""
 
 from __future__ import annotations
 
 import dataclasses
+import math
 from abc import ABC, abstractmethod
-from collections.abc import Mapping
 from typing import Any, ClassVar
 
+import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from penchant.errors import UserError, nearest
-from penchant.types import PairLogps
+from penchant.types import Logps, PairLogps, RankedLogps, SequenceLogps
 
-LOSSES: dict[str, type[PairLoss]] = {}
+LOSSES: dict[str, type[Loss]] = {}
 """Every loss by the word that selects it: `loss.name` in a run file."""
 
 
+NEEDS = {
+    "reference": "log-probabilities of a reference",
+    "labels": "whether each unpaired completion is desirable",
+    "kl": "an estimate of KL(policy || reference), made from mismatched completions",
+    "margins": "the data's margin of every pair",
+    "win_probabilities": "the data's win probabilities of every pair",
+    "prompts": "log-probabilities of the prompts",
+    "tokens": "log-probabilities token by token",
+    "collisions": "log-collisions token by token",
+    "whole_batch": "all examples of the optimizer batch at once, since one's loss depends on the others",
+}
+"""What a loss may ask for beyond the policy's log-probabilities and the lengths of completions."""
+
+
 @dataclasses.dataclass(frozen=True)
-class PairLoss(ABC):
-    """A loss over pairs: fields are hyperparameters, calling it gives one loss per pair, unreduced.
+class Loss(ABC):
+    """A loss: fields are hyperparameters, calling it gives one loss per example, unreduced.
 
     A subclass registers itself: `class DPOLoss(PairLoss, name="dpo")`.
     """
 
     name: ClassVar[str]
-    needs_reference: ClassVar[bool] = True
+    units: ClassVar[tuple[str, ...]] = ()
+    """What it judges: "pair" (`PairLogps`), "unpaired" (`SequenceLogps`) or "ranking" (`RankedLogps`)."""
+    reads: ClassVar[frozenset[str]] = frozenset({"reference"})
+    """What it asks for, of NEEDS, whatever its hyperparameters."""
 
-    def __init_subclass__(cls, name: str, **kwargs: Any) -> None:
+    def __init_subclass__(cls, name: str | None = None, **kwargs: Any) -> None:
         super().__init_subclass__(**kwargs)
-        cls.name = name
-        LOSSES[name] = cls
+        if name is not None:
+            cls.name = name
+            LOSSES[name] = cls
+
+    @property
+    def needs(self) -> frozenset[str]:
+        """What it asks for, of NEEDS, with these hyperparameters."""
+        return self.reads
 
     @abstractmethod
-    def __call__(self, logps: PairLogps) -> Float[Tensor, " B"]:
-        """The loss of each pair."""
+    def __call__(self, logps: Any) -> Float[Tensor, " B"]:
+        """The loss of each example."""
 
     @abstractmethod
-    def rewards(self, logps: PairLogps) -> tuple[Float[Tensor, " B"], Float[Tensor, " B"]]:
-        """The implicit reward that this loss assigns to chosen and rejected.
+    def rewards(self, logps: Any) -> Any:
+        """The implicit reward that this loss assigns to each completion.
 
-        Logged accuracy and margins compare these two, so they speak of the loss that is optimised.
+        Logged accuracy and margins compare these, so they speak of the loss that is optimised.
         """
+
+    def settings(self) -> dict[str, Any]:
+        """The loss as a run file describes it."""
+        return {"name": self.name, **dataclasses.asdict(self)}
+
+
+class PairLoss(Loss):
+    """A loss over pairs; `rewards` gives those of chosen and of rejected, (B,) each."""
+
+    units = ("pair",)
+
+    @abstractmethod
+    def __call__(self, logps: PairLogps) -> Float[Tensor, " B"]: ...
+
+    @abstractmethod
+    def rewards(self, logps: PairLogps) -> tuple[Float[Tensor, " B"], Float[Tensor, " B"]]: ...
+
+
+class UnpairedLoss(Loss):
+    """A loss over single completions, desirable or not; `rewards` gives (N,)."""
+
+    units = ("unpaired",)
+
+    @abstractmethod
+    def __call__(self, logps: SequenceLogps) -> Float[Tensor, " N"]: ...
+
+    @abstractmethod
+    def rewards(self, logps: SequenceLogps) -> Float[Tensor, " N"]: ...
+
+
+class RankedLoss(Loss):
+    """A loss over rankings; `rewards` gives (B, K)."""
+
+    units = ("ranking",)
+
+    @abstractmethod
+    def __call__(self, logps: RankedLogps) -> Float[Tensor, " B"]: ...
+
+    @abstractmethod
+    def rewards(self, logps: RankedLogps) -> Float[Tensor, "B K"]: ...
+
+
+@dataclasses.dataclass(frozen=True)
+class LogRatioLoss(PairLoss):
+    """A loss over pairs whose implicit reward is beta (log pi - log pi_ref), as DPO's: Eq. 5 of its paper."""
+
+    def rewards(self, logps: PairLogps) -> tuple[Float[Tensor, " B"], Float[Tensor, " B"]]:
+        """beta (log pi - log pi_ref), in which the prompt's constant is left out."""
+        beta: float = self.beta  # type: ignore[attr-defined]
+        chosen, rejected = logps.log_ratios()
+        return beta * chosen, beta * rejected
+
+    def margin(self, logps: PairLogps) -> Float[Tensor, " B"]:
+        """Reward of chosen less reward of rejected."""
+        chosen, rejected = self.rewards(logps)
+        return chosen - rejected
+
+
+@dataclasses.dataclass(frozen=True)
+class WeightedSum(Loss):
+    """A weighted sum of losses over the same examples; the first term's rewards speak for it.
+
+    RPO, for one, is DPO plus a likelihood term on the chosen completion (Pang et al. 2024, arXiv:2404.19733).
+
+    Raises:
+        ValueError: the terms judge different things (pairs, unpaired completions, rankings), or there is none.
+    """
+
+    terms: tuple[tuple[float, Loss], ...]
+    name: str = dataclasses.field(init=False)  # type: ignore[misc]
+    units: tuple[str, ...] = dataclasses.field(init=False)  # type: ignore[misc]
+
+    def __post_init__(self) -> None:
+        if not self.terms:
+            raise ValueError("terms: a weighted sum needs at least one")
+        losses = [loss for _, loss in self.terms]
+        units = tuple(unit for unit in losses[0].units if all(unit in loss.units for loss in losses))
+        if not units:
+            judged = ", ".join(f"{loss.name}: {' or '.join(loss.units)}" for loss in losses)
+            raise ValueError(f"terms: the losses judge different things ({judged}) and cannot be added")
+        object.__setattr__(self, "name", " + ".join(loss.name for loss in losses))
+        object.__setattr__(self, "units", units)
+
+    @property
+    def needs(self) -> frozenset[str]:
+        return frozenset().union(*(loss.needs for _, loss in self.terms))
+
+    def __call__(self, logps: Logps) -> Float[Tensor, " B"]:
+        return torch.stack([weight * loss(logps) for weight, loss in self.terms]).sum(0)
+
+    def rewards(self, logps: Logps) -> Any:
+        return self.terms[0][1].rewards(logps)
+
+    def settings(self) -> dict[str, Any]:
+        return {
+            loss.name: {"weight": weight, **{key: value for key, value in loss.settings().items() if key != "name"}}
+            for weight, loss in self.terms
+        }
+
+    def __str__(self) -> str:
+        return " + ".join(f"{weight:g} {loss}" for weight, loss in self.terms)
 
 
 def preference_accuracy(
@@ -54,33 +178,24 @@ def preference_accuracy(
     return (chosen_rewards > rejected_rewards).float() / 2 + (chosen_rewards >= rejected_rewards).float() / 2
 
 
-def build_loss(settings: Mapping[str, Any]) -> PairLoss:
-    """The loss that `{"name": "dpo", "beta": 0.1, ...}` describes.
-
-    Raises:
-        UserError: an unknown name or field (the nearest is named), or a value that the loss refuses.
-    """
-    fields = dict(settings)
-    name = str(fields.pop("name"))
-    if name not in LOSSES:
-        raise UserError(f"loss.name: there is no loss '{name}'{nearest(name, LOSSES)}. There are: {', '.join(LOSSES)}.")
-    known = {field.name: field for field in dataclasses.fields(LOSSES[name])}
-    for key, value in fields.items():
-        if key not in known:
-            raise UserError(
-                f"loss.{key}: the loss '{name}' has no such setting{nearest(key, known)}. It has: {', '.join(known)}."
-            )
-        fields[key] = _coerced(f"loss.{key}", value, known[key].default)
-    try:
-        return LOSSES[name](**fields)
-    except ValueError as error:
-        raise UserError(f"loss.{error}") from None
+def require_positive(name: str, value: float) -> None:
+    """Refuses a hyperparameter that must be above 0 and finite."""
+    if not 0 < value < math.inf:
+        raise ValueError(f"{name}: must be above 0 and finite, got {value}")
 
 
-def _coerced(key: str, value: Any, default: Any) -> Any:
-    """`value` as the type of the field's default; a float field takes an integer, nothing else is converted."""
-    if isinstance(default, float) and isinstance(value, int) and not isinstance(value, bool):
-        return float(value)
-    if type(value) is not type(default):
-        raise UserError(f"{key}: expected {type(default).__name__}, got {value!r}")
-    return value
+def require_share(name: str, value: float, below: float = 0.5) -> None:
+    """Refuses a hyperparameter that must be at least 0 and less than `below`."""
+    if not 0 <= value < below:
+        raise ValueError(f"{name}: must be at least 0 and below {below:g}, got {value}")
+
+
+def require_not_negative(name: str, value: float) -> None:
+    """Refuses a hyperparameter that must be at least 0 and finite."""
+    if not 0 <= value < math.inf:
+        raise ValueError(f"{name}: must be at least 0 and finite, got {value}")
+
+
+def per_token(values: Float[Tensor, " N"], lengths: Any) -> Float[Tensor, " N"]:
+    """Sums over a completion as means over its tokens; an empty completion, whose sum is 0, stays 0."""
+    return values / lengths.clamp(min=1)
