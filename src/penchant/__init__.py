@@ -6,14 +6,21 @@ from typing import Any
 _HOMES = {
     "DPO": "penchant.algorithms",
     "IPO": "penchant.algorithms",
+    "KTO": "penchant.algorithms",
+    "ORPO": "penchant.algorithms",
     "PairAlgorithm": "penchant.algorithms",
+    "SimPO": "penchant.algorithms",
+    "UnpairedAlgorithm": "penchant.algorithms",
     "Policy": "penchant.scoring.policy",
     "UserError": "penchant.errors",
     "train": "penchant.training.run",
 }
 """Each public name and the room it lives in; imported on use, so that `penchant --help` needs no torch."""
 
-__all__ = ["DPO", "IPO", "PairAlgorithm", "Policy", "UserError", "losses", "train", "types"]
+__all__ = [
+    *("DPO", "IPO", "KTO", "ORPO", "PairAlgorithm", "Policy", "SimPO", "UnpairedAlgorithm", "UserError"),
+    *("losses", "train", "types"),
+]
 
 
 def __getattr__(name: str) -> Any:

@@ -5,20 +5,108 @@ Nothing here knows texts, files or run directories. See `penchant.train` for who
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 
 import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
+from penchant.data.loader import mismatched
 from penchant.layouts import padded
-from penchant.losses import DPOLoss, IPOLoss, PairLoss, preference_accuracy
+from penchant.losses import (
+    DPOLoss,
+    IPOLoss,
+    KTOLoss,
+    Loss,
+    ORPOLoss,
+    PairLoss,
+    SimPOLoss,
+    UnpairedLoss,
+    WeightedSum,
+    preference_accuracy,
+)
 from penchant.models.logps import token_logps
-from penchant.scoring.reference import pair_logps
-from penchant.types import Batch, PairLogps, TokenizedPair
+from penchant.scoring.records import logps_for, rewards_of
+from penchant.types import Batch, Logps, PairLogps, SequenceLogps, TokenizedExample
 
 
-class PairAlgorithm:
+class _Algorithm:
+    """What training on token tensors has in common, whatever the loss judges; arguments as `PairAlgorithm` says."""
+
+    def __init__(
+        self,
+        model: nn.Module,
+        ref_model: nn.Module | None,
+        loss: Loss,
+        learning_rate: float = 5e-7,
+        max_grad_norm: float = 1.0,
+        pad_token_id: int | None = None,
+        optimizer: torch.optim.Optimizer | None = None,
+    ) -> None:
+        if "reference" in loss.needs and ref_model is None:
+            raise ValueError(f"the loss '{loss.name}' compares with a reference: give ref_model")
+        for column in loss.needs & {"margins", "win_probabilities"}:
+            raise ValueError(f"the loss '{loss.name}' needs {column}, which token tensors do not carry")
+        if ref_model is model:
+            raise ValueError("ref_model is the policy itself and would move with it: give copy.deepcopy(model)")
+        self.model = model
+        self.ref_model = ref_model
+        self.loss = loss
+        self.max_grad_norm = max_grad_norm
+        self.pad_token_id = pad_token_id
+        self.optimizer = optimizer or torch.optim.AdamW(
+            _trainable(model.parameters()), lr=learning_rate, weight_decay=0.0
+        )
+        if ref_model is not None:
+            ref_model.eval()
+
+    def _learn(self, logps: Logps) -> tuple[dict[str, float], Float[Tensor, " N"]]:
+        """One optimizer step; what is common to all metrics, and the rewards before the step."""
+        losses = self.loss(logps)
+        self.optimizer.zero_grad(set_to_none=True)
+        losses.mean().backward()
+        grad_norm = nn.utils.clip_grad_norm_(_trainable(self.model.parameters()), self.max_grad_norm)
+        if not (torch.isfinite(losses).all() and torch.isfinite(grad_norm)):
+            self.optimizer.zero_grad(set_to_none=True)
+            raise FloatingPointError("the loss or its gradient is not finite; the step was not taken")
+        self.optimizer.step()
+        with torch.no_grad():
+            rewards = rewards_of(self.loss, logps)
+        return {"loss": losses.mean().item(), "grad_norm": grad_norm.item()}, rewards
+
+    def _score(self, examples: Sequence[TokenizedExample]) -> Logps:
+        batch = padded.collate(examples, "prompts" in self.loss.needs).to(next(self.model.parameters()).device)
+        scored = token_logps(self.model, batch, with_collisions="collisions" in self.loss.needs)
+        kl = self._kl(examples) if "kl" in self.loss.needs else None
+        return logps_for(self.loss, batch, scored, self._ref_logps(batch), kl)
+
+    @torch.no_grad()
+    def _kl(self, examples: Sequence[TokenizedExample]) -> Float[Tensor, ""]:
+        longest = max(len(e.prompt_ids) for e in examples) + max(e.num_tokens for e in examples)
+        others = padded.collate(mismatched(examples, longest)).to(next(self.model.parameters()).device)
+        ref = self._ref_logps(others)
+        assert ref is not None
+        return others.sum_by_sequence(token_logps(self.model, others).logps - ref).mean().clamp(min=0)
+
+    @torch.no_grad()
+    def _ref_logps(self, batch: Batch) -> Float[Tensor, " M"] | None:
+        if self.ref_model is None:
+            return None
+        ref_device = next(self.ref_model.parameters()).device
+        return token_logps(self.ref_model, batch.to(ref_device)).logps.to(batch.target_ids.device)
+
+    def _rows(self, ids: Int[Tensor, "B T"], mask: Bool[Tensor, "B T"] | None) -> list[list[int]]:
+        """The real tokens of each row."""
+        if mask is None and self.pad_token_id is not None:
+            is_real = ids != self.pad_token_id
+            # Real from the first real token to the last one: a pad id between two tokens is a token.
+            mask = (is_real.cumsum(-1) > 0) & (is_real.flip(-1).cumsum(-1).flip(-1) > 0)
+        if mask is None:
+            return ids.tolist()
+        return [row[kept.bool()].tolist() for row, kept in zip(ids, mask, strict=True)]
+
+
+class PairAlgorithm(_Algorithm):
     """Trains a policy on pairs of token tensors with any loss over pairs.
 
     Args:
@@ -38,26 +126,13 @@ class PairAlgorithm:
         self,
         model: nn.Module,
         ref_model: nn.Module | None,
-        loss: PairLoss,
+        loss: PairLoss | WeightedSum,
         learning_rate: float = 5e-7,
         max_grad_norm: float = 1.0,
         pad_token_id: int | None = None,
         optimizer: torch.optim.Optimizer | None = None,
     ) -> None:
-        if loss.needs_reference and ref_model is None:
-            raise ValueError(f"the loss '{loss.name}' compares with a reference: give ref_model")
-        if ref_model is model:
-            raise ValueError("ref_model is the policy itself and would move with it: give copy.deepcopy(model)")
-        self.model = model
-        self.ref_model = ref_model
-        self.loss = loss
-        self.max_grad_norm = max_grad_norm
-        self.pad_token_id = pad_token_id
-        self.optimizer = optimizer or torch.optim.AdamW(
-            _trainable(model.parameters()), lr=learning_rate, weight_decay=0.0
-        )
-        if ref_model is not None:
-            ref_model.eval()
+        super().__init__(model, ref_model, loss, learning_rate, max_grad_norm, pad_token_id, optimizer)
 
     def train_step(
         self,
@@ -82,24 +157,15 @@ class PairAlgorithm:
             FloatingPointError: the loss or the gradient is not finite; the weights are left as they were.
         """
         logps = self.score(prompt, chosen, rejected, prompt_mask, chosen_mask, rejected_mask)
-        losses = self.loss(logps)
-        self.optimizer.zero_grad(set_to_none=True)
-        losses.mean().backward()
-        grad_norm = nn.utils.clip_grad_norm_(_trainable(self.model.parameters()), self.max_grad_norm)
-        if not (torch.isfinite(losses).all() and torch.isfinite(grad_norm)):
-            self.optimizer.zero_grad(set_to_none=True)
-            raise FloatingPointError("the loss or its gradient is not finite; the step was not taken")
-        self.optimizer.step()
-
-        with torch.no_grad():
-            chosen_rewards, rejected_rewards = self.loss.rewards(logps)
+        metrics, rewards = self._learn(logps)
+        chosen_rewards, rejected_rewards = rewards.view(-1, 2).unbind(-1)
         return {
-            "loss": losses.mean().item(),
+            "loss": metrics["loss"],
             "chosen_reward": chosen_rewards.mean().item(),
             "rejected_reward": rejected_rewards.mean().item(),
             "accuracy": preference_accuracy(chosen_rewards, rejected_rewards).mean().item(),
             "margin": (chosen_rewards - rejected_rewards).mean().item(),
-            "grad_norm": grad_norm.item(),
+            "grad_norm": metrics["grad_norm"],
         }
 
     def score(
@@ -118,27 +184,76 @@ class PairAlgorithm:
             self._rows(rejected, rejected_mask),
             strict=True,
         )
-        pairs = [TokenizedPair(x, y_w, y_l, index) for index, (x, y_w, y_l) in enumerate(rows)]
-        batch = padded.collate(pairs).to(next(self.model.parameters()).device)
-        policy_logps = token_logps(self.model, batch).logps
-        return pair_logps(batch, policy_logps, self._ref_logps(batch))
+        pairs = [TokenizedExample(x, (y_w, y_l), index) for index, (x, y_w, y_l) in enumerate(rows)]
+        logps = self._score(pairs)
+        assert isinstance(logps, PairLogps)
+        return logps
 
-    @torch.no_grad()
-    def _ref_logps(self, batch: Batch) -> Float[Tensor, " M"] | None:
-        if self.ref_model is None:
-            return None
-        ref_device = next(self.ref_model.parameters()).device
-        return token_logps(self.ref_model, batch.to(ref_device)).logps.to(batch.target_ids.device)
 
-    def _rows(self, ids: Int[Tensor, "B T"], mask: Bool[Tensor, "B T"] | None) -> list[list[int]]:
-        """The real tokens of each row."""
-        if mask is None and self.pad_token_id is not None:
-            is_real = ids != self.pad_token_id
-            # Real from the first real token to the last one: a pad id between two tokens is a token.
-            mask = (is_real.cumsum(-1) > 0) & (is_real.flip(-1).cumsum(-1).flip(-1) > 0)
-        if mask is None:
-            return ids.tolist()
-        return [row[kept.bool()].tolist() for row, kept in zip(ids, mask, strict=True)]
+class UnpairedAlgorithm(_Algorithm):
+    """Trains a policy on single completions, each desirable or not, with any loss over them.
+
+    Arguments as those of `PairAlgorithm`.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        ref_model: nn.Module | None,
+        loss: UnpairedLoss,
+        learning_rate: float = 5e-7,
+        max_grad_norm: float = 1.0,
+        pad_token_id: int | None = None,
+        optimizer: torch.optim.Optimizer | None = None,
+    ) -> None:
+        super().__init__(model, ref_model, loss, learning_rate, max_grad_norm, pad_token_id, optimizer)
+
+    def train_step(
+        self,
+        prompt: Int[Tensor, "N P"],
+        completion: Int[Tensor, "N C"],
+        is_desirable: Bool[Tensor, " N"],
+        prompt_mask: Bool[Tensor, "N P"] | None = None,
+        completion_mask: Bool[Tensor, "N C"] | None = None,
+    ) -> dict[str, float]:
+        """One optimizer step on N completions; masks as in `PairAlgorithm.train_step`.
+
+        Returns:
+            `loss`; `desirable_reward` and `undesirable_reward`, means before the step (nan where there is none); and
+            `grad_norm` before clipping.
+
+        Raises:
+            ValueError: the loss estimates a KL divergence, and all prompts are the same.
+            FloatingPointError: the loss or the gradient is not finite; the weights are left as they were.
+        """
+        metrics, rewards = self._learn(self.score(prompt, completion, is_desirable, prompt_mask, completion_mask))
+        is_desirable = is_desirable.to(rewards.device)
+        return {
+            "loss": metrics["loss"],
+            "desirable_reward": rewards[is_desirable].mean().item(),
+            "undesirable_reward": rewards[~is_desirable].mean().item(),
+            "grad_norm": metrics["grad_norm"],
+        }
+
+    def score(
+        self,
+        prompt: Int[Tensor, "N P"],
+        completion: Int[Tensor, "N C"],
+        is_desirable: Bool[Tensor, " N"],
+        prompt_mask: Bool[Tensor, "N P"] | None = None,
+        completion_mask: Bool[Tensor, "N C"] | None = None,
+    ) -> SequenceLogps:
+        """Log-probabilities of N completions under policy (with gradient) and reference (without)."""
+        rows = zip(
+            self._rows(prompt, prompt_mask),
+            self._rows(completion, completion_mask),
+            is_desirable.tolist(),
+            strict=True,
+        )
+        examples = [TokenizedExample(x, (y,), index, is_desirable=good) for index, (x, y, good) in enumerate(rows)]
+        logps = self._score(examples)
+        assert isinstance(logps, SequenceLogps)
+        return logps
 
 
 class DPO(PairAlgorithm):
@@ -174,6 +289,62 @@ class IPO(PairAlgorithm):
         optimizer: torch.optim.Optimizer | None = None,
     ) -> None:
         loss = IPOLoss(beta=beta, length_normalize=length_normalize)
+        super().__init__(model, ref_model, loss, learning_rate, max_grad_norm, pad_token_id, optimizer)
+
+
+class SimPO(PairAlgorithm):
+    """Simple Preference Optimization on token tensors; see `SimPOLoss` for the equation."""
+
+    def __init__(
+        self,
+        model: nn.Module,
+        beta: float = 2.0,
+        gamma_beta_ratio: float = 0.5,
+        learning_rate: float = 5e-7,
+        max_grad_norm: float = 1.0,
+        pad_token_id: int | None = None,
+        optimizer: torch.optim.Optimizer | None = None,
+    ) -> None:
+        loss = SimPOLoss(beta=beta, gamma_beta_ratio=gamma_beta_ratio)
+        super().__init__(model, None, loss, learning_rate, max_grad_norm, pad_token_id, optimizer)
+
+
+class ORPO(PairAlgorithm):
+    """Odds Ratio Preference Optimization on token tensors; see `ORPOLoss` for the equation."""
+
+    def __init__(
+        self,
+        model: nn.Module,
+        odds_ratio_weight: float = 0.1,
+        learning_rate: float = 8e-6,
+        max_grad_norm: float = 1.0,
+        nll_on_prompt: bool = False,
+        pad_token_id: int | None = None,
+        optimizer: torch.optim.Optimizer | None = None,
+    ) -> None:
+        loss = ORPOLoss(odds_ratio_weight=odds_ratio_weight, nll_on_prompt=nll_on_prompt)
+        super().__init__(model, None, loss, learning_rate, max_grad_norm, pad_token_id, optimizer)
+
+
+class KTO(UnpairedAlgorithm):
+    """Kahneman-Tversky Optimization on token tensors; see `KTOLoss` for the equation.
+
+    The KL divergence is estimated from the batch's own prompts, each with the completion of the next other one.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        ref_model: nn.Module,
+        beta: float = 0.1,
+        learning_rate: float = 5e-6,
+        max_grad_norm: float = 1.0,
+        desirable_weight: float = 1.0,
+        undesirable_weight: float = 1.0,
+        pad_token_id: int | None = None,
+        optimizer: torch.optim.Optimizer | None = None,
+    ) -> None:
+        loss = KTOLoss(beta=beta, desirable_weight=desirable_weight, undesirable_weight=undesirable_weight)
         super().__init__(model, ref_model, loss, learning_rate, max_grad_norm, pad_token_id, optimizer)
 
 

@@ -16,12 +16,26 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_valida
 
 from penchant.errors import UserError, nearest
 
+_LOSSES = (
+    *("dpo", "robust", "ipo", "hinge", "odpo", "dpop", "exo", "discopop", "f-dpo", "wpo", "aot"),
+    *("ln-dpo", "r-dpo", "ld-dpo", "nca", "bco-pair", "apo-zero", "apo-down", "sppo"),
+    *("simpo", "orpo", "cpo", "slic", "sft"),
+    *("kto", "bco", "apo-zero-unpaired", "aot-unpaired", "pl-dpo"),
+)
 METHODS: dict[str, dict[str, Any]] = {
-    "dpo": {"name": "dpo"},
+    **{name: {"name": name} for name in _LOSSES},
     "cdpo": {"name": "dpo", "label_smoothing": 0.1},
-    "ipo": {"name": "ipo"},
+    "rso-sigmoid": {"name": "dpo", "beta": 0.05},
+    "sppo-soft": {"name": "sppo", "soft": True},
+    "rpo": {"dpo": {"beta": 0.1}, "sft": {"weight": 1.0, "per": "sequence"}},
 }
-"""What one word on the command line stands for: the settings of `loss` that a method begins with."""
+"""What one word on the command line stands for: the settings of `loss` that a method begins with.
+
+Every loss is a method by its own name; the others are presets, of one loss or of a weighted sum.
+"""
+
+_RATES = {"sft": 2e-5, "orpo": 8e-6, "kto": 5e-6, "bco": 5e-6}
+"""Peak learning rates of methods that want another one than DPO: sources in docs/guide.md."""
 
 
 class _Section(BaseModel):
@@ -57,36 +71,46 @@ class RunConfig(_Section):
     model: str
     """The model to train: a local folder, a hub id or a .gguf file."""
     data: str
-    """Preference pairs: a .jsonl or .json file, also .gz; the kind of rows is recognised."""
+    """Preferences: a .jsonl or .json file, also .gz; pairs, single judged completions or rankings are recognised."""
     eval_data: str | None = None
-    """Held-out pairs. Without it, eval_size of the pairs in data are held out."""
+    """Held-out preferences. Without it, eval_size of the rows in data are held out."""
     eval_size: float = Field(default=0.05, ge=0)
-    """Held out from data when there is no eval_data: a share below 1, or a number of pairs; 0 holds out none."""
+    """Held out from data when there is no eval_data: a share below 1, or a number of rows; 0 holds out none."""
+    pairs_from_rankings: Literal["best_worst", "best_rest", "all"] = "best_worst"
+    """Which pairs a method over pairs takes from a ranking: best and worst, best and each other, or all of them."""
     output_dir: str | None = None
     """The run directory; default: runs/MODEL-METHOD, numbered when taken."""
     method: str = "dpo"
-    """The method, one word: dpo, cdpo, ipo."""
+    """The method, one word: dpo, ipo, kto, orpo, simpo, rpo, ... (see: penchant methods)."""
     loss: dict[str, Any] = Field(default_factory=dict)
     """Settings of the loss, on top of the method's: name, beta, label_smoothing, ... (see: penchant methods)."""
 
     learning_rate: float | None = Field(default=None, gt=0)
-    """Peak learning rate of AdamW; default 5e-7, with LoRA 5e-6."""
+    """Peak learning rate; default 5e-7 (sft 2e-5, orpo 8e-6, kto and bco 5e-6), with LoRA ten times that."""
     batch_size: int = Field(default=32, ge=1)
-    """Pairs per optimizer step, over all processes."""
+    """Examples (pairs, single completions or rankings) per optimizer step, over all processes."""
     num_train_epochs: float = Field(default=1.0, gt=0)
-    """Passes over the training pairs."""
+    """Passes over the training examples."""
     max_steps: int | None = Field(default=None, ge=1)
     """Stop after this many optimizer steps, whatever num_train_epochs says."""
     warmup_ratio: float = Field(default=0.1, ge=0, le=1)
     """Share of the steps over which the learning rate rises from 0."""
-    lr_scheduler: Literal["linear", "cosine", "constant"] = "linear"
-    """How the learning rate falls to 0 after the warm-up (constant: it does not)."""
+    warmup_steps: int | None = Field(default=None, ge=0)
+    """Steps over which the learning rate rises from 0, instead of warmup_ratio."""
+    lr_scheduler: Literal["linear", "cosine", "inverse_sqrt", "constant"] = "linear"
+    """How the learning rate falls after the warm-up: to 0, or with the root of the steps, or (constant) not at all."""
+    optimizer: Literal["adamw", "rmsprop"] = "adamw"
+    """adamw, or rmsprop (one moment instead of two; the DPO paper's)."""
+    adam_beta1: float = Field(default=0.9, ge=0, lt=1)
+    """Decay of AdamW's first moment."""
+    adam_beta2: float = Field(default=0.999, ge=0, lt=1)
+    """Decay of AdamW's second moment."""
     weight_decay: float = Field(default=0.0, ge=0)
-    """Decoupled weight decay of AdamW, on matrices only."""
+    """Weight decay, on matrices only (in AdamW decoupled from the gradient)."""
     max_grad_norm: float = Field(default=1.0, gt=0)
     """Gradients are scaled down to this norm."""
     seed: int = Field(default=0, ge=0)
-    """Decides the order of the pairs, the held-out split and the adapter's first weights."""
+    """Decides the order of the examples, the held-out split and the adapter's first weights."""
 
     max_length: int = Field(default=1024, ge=2)
     """Most tokens of prompt and completion together."""
@@ -122,7 +146,10 @@ class RunConfig(_Section):
     @model_validator(mode="after")
     def _options_fit_together(self) -> RunConfig:
         if self.method not in METHODS:
-            raise ValueError(f"method: there is no method '{self.method}'{nearest(self.method, METHODS)}")
+            raise ValueError(
+                f"method: there is no method '{self.method}'{nearest(self.method, METHODS)}; a loss of your own comes "
+                "with --import FILE.py"
+            )
         if self.reference.kind == "adapter_off" and not self.lora.rank:
             raise ValueError("reference.kind: adapter_off needs an adapter; set lora.rank")
         if self.reference.kind == "model" and not self.reference.model:
@@ -133,20 +160,35 @@ class RunConfig(_Section):
             raise ValueError("reference.offload: only a reference of kind copy or model can be kept in host memory")
         if not self.lora.rank and self.lora != LoraConfig():
             raise ValueError("lora: its settings have no effect without lora.rank")
-        if self.eval_data and self.eval_size not in (0, type(self).model_fields["eval_size"].default):
+        if self.warmup_steps is not None and self.warmup_ratio != self._default("warmup_ratio"):
+            raise ValueError("warmup_ratio: has no effect with warmup_steps")
+        if self.optimizer != "adamw" and (self.adam_beta1, self.adam_beta2) != (
+            self._default("adam_beta1"),
+            self._default("adam_beta2"),
+        ):
+            raise ValueError(f"adam_beta1, adam_beta2: have no effect with optimizer {self.optimizer}")
+        if not self.num_samples and self.sample_max_new_tokens != self._default("sample_max_new_tokens"):
+            raise ValueError("sample_max_new_tokens: has no effect with num_samples 0")
+        if self.eval_data and self.eval_size not in (0, self._default("eval_size")):
             raise ValueError("eval_size: has no effect with eval_data")
         return self
 
     def loss_settings(self) -> dict[str, Any]:
         """The loss as `build_loss` takes it: the method's settings, then the run's own."""
-        preset = METHODS[self.method]
-        if self.loss.get("name", preset["name"]) != preset["name"]:
-            return dict(self.loss)  # another loss than the method's: its fields would not fit
-        return {**preset, **self.loss}
+        preset, own = METHODS[self.method], self.loss
+        own_is_sum = bool(own) and all(isinstance(value, Mapping) for value in own.values())
+        if own_is_sum and "name" not in preset:
+            return {name: {**preset.get(name, {}), **own.get(name, {})} for name in [*preset, *own]}
+        if own_is_sum or own.get("name", preset.get("name")) != preset.get("name"):
+            return dict(own)  # another loss than the method's: its fields would not fit
+        return {**preset, **own}
 
     def peak_learning_rate(self) -> float:
-        """`learning_rate`, or the field's default for full weights or LoRA."""
-        return self.learning_rate or (5e-6 if self.lora.rank else 5e-7)
+        """`learning_rate`, or the method's default for full weights or LoRA."""
+        return self.learning_rate or _RATES.get(self.method, 5e-7) * (10 if self.lora.rank else 1)
+
+    def _default(self, key: str) -> Any:
+        return type(self).model_fields[key].default
 
     def to_yaml(self, **resolved: Any) -> str:
         """The run file that repeats this run, with what was `resolved` in the place of defaults."""
@@ -176,6 +218,12 @@ def config_from(settings: Mapping[str, Any]) -> RunConfig:
         return RunConfig.model_validate(dict(settings))
     except ValidationError as error:
         raise UserError("\n".join(_sentence(dict(problem)) for problem in error.errors())) from None
+
+
+def add_methods(names: Iterable[str]) -> None:
+    """Makes losses that were defined outside this package methods by their own names."""
+    for name in names:
+        METHODS.setdefault(name, {"name": name})
 
 
 def option_names() -> dict[str, str]:

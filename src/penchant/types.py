@@ -1,14 +1,15 @@
 """The vocabulary: the records that the rooms of the house hand to each other.
 
-Shapes, used everywhere: B examples (pairs, say), N sequences (for pairs 2B: chosen and rejected in turn), K completions
-of one prompt, C or R completion tokens of a row, T tokens of a row, M scored tokens of a batch, V vocabulary, D hidden
-size.
+Shapes, used everywhere: B examples (pairs, say), N completions (for pairs 2B: chosen and rejected in turn), S sequences
+(the completions, and the prompts where they are scored too), K completions of one prompt, C and R tokens of chosen and
+rejected, T tokens of a row, M scored tokens of a batch, V vocabulary, D hidden size.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from itertools import accumulate
 from typing import Any
 
 import torch
@@ -99,6 +100,11 @@ class TokenizedExample:
         return len(self.prompt_ids) + max(map(len, self.completion_ids))
 
     @property
+    def num_trained_tokens(self) -> int:
+        """Tokens of the completion whose likelihood shall rise: chosen, the best, the desirable one."""
+        return len(self.completion_ids[0]) if self.is_desirable is not False else 0
+
+    @property
     def num_scored_tokens(self) -> int:
         """Tokens of all sequences, the prompt counted in each: what any layout has to account for."""
         return len(self.prompt_ids) * len(self.completion_ids) + sum(map(len, self.completion_ids))
@@ -126,8 +132,8 @@ class Batch:
 
     `model_inputs` goes to the model as keyword arguments. Flatten the model's (rows, T, D) hidden states to
     (rows * T, D): row `hidden_rows[m]` predicts token `target_ids[m]`, which belongs to sequence `sequence_ids[m]`.
-    The M targets of a sequence are consecutive and in order, and the sequences follow each other: the completions of
-    the first example, of the second, ... Where prompts are scored too, B more sequences follow: the prompts, each
+    The M targets of a sequence are consecutive and in order, and the S sequences follow each other: the completions of
+    the first example, of the second, ... With prompts, each example's completions are followed by its prompt, scored
     from its second token on (nothing predicts the first).
     """
 
@@ -140,9 +146,14 @@ class Batch:
     with_prompts: bool = False
 
     @property
-    def num_sequences(self) -> int:
-        """N: the sequences that are completions."""
-        return sum(len(example.completion_ids) for example in self.examples)
+    def is_completion(self) -> Bool[Tensor, " S"]:
+        """Which sequences are completions; the others are prompts."""
+        kinds = [
+            kind
+            for example in self.examples
+            for kind in [True] * len(example.completion_ids) + [False] * self.with_prompts
+        ]
+        return torch.tensor(kinds, device=self.lengths.device)
 
     def to(self, device: torch.device | str) -> Batch:
         """The same batch on another device."""
@@ -154,6 +165,20 @@ class Batch:
             lengths=self.lengths.to(device),
             examples=self.examples,
             with_prompts=self.with_prompts,
+        )
+
+    @classmethod
+    def join(cls, batches: Sequence[Batch]) -> Batch:
+        """The sequences of several batches as one, for what no longer needs the model: it has no `model_inputs`."""
+        offsets = [0, *accumulate(len(batch.lengths) for batch in batches)]
+        return cls(
+            model_inputs={},
+            hidden_rows=torch.cat([batch.hidden_rows for batch in batches]),
+            target_ids=torch.cat([batch.target_ids for batch in batches]),
+            sequence_ids=torch.cat([b.sequence_ids + offset for b, offset in zip(batches, offsets, strict=False)]),
+            lengths=torch.cat([batch.lengths for batch in batches]),
+            examples=tuple(example for batch in batches for example in batch.examples),
+            with_prompts=batches[0].with_prompts,
         )
 
     def sum_by_sequence(self, values: Float[Tensor, " M"]) -> Float[Tensor, " S"]:
@@ -174,6 +199,20 @@ class TokenLogps:
     logps: Float[Tensor, " M"]
     entropies: Float[Tensor, " M"] | None = None
     log_collisions: Float[Tensor, " M"] | None = None
+
+    @classmethod
+    def join(cls, parts: Sequence[TokenLogps]) -> TokenLogps:
+        """What was said about several batches, one behind the other; fields that any of them lacks are None."""
+
+        def joined(tensors: list[Tensor | None]) -> Tensor | None:
+            there = [tensor for tensor in tensors if tensor is not None]
+            return torch.cat(there) if len(there) == len(tensors) else None
+
+        return cls(
+            torch.cat([part.logps for part in parts]),
+            joined([part.entropies for part in parts]),
+            joined([part.log_collisions for part in parts]),
+        )
 
 
 @dataclass(frozen=True)

@@ -2,20 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
 from penchant.data.formats import RowProblem
 from penchant.errors import UserError
-from penchant.types import Pair, Text, TokenizedPair
+from penchant.types import Example, Pair, Text, TokenizedExample, Unpaired
 
 TOKEN_CHECKS = {
     "T01": "the prompt alone fills max_length",
     "T02": "the chat template refuses the messages",
     "T03": "the rendered prompt does not begin the rendered conversation",
     "T04": "longer than max_length",
-    "T05": "chosen and rejected are the same tokens within max_length",
+    "T05": "completions that are the same tokens within max_length",
 }
 """What can be wrong with a row once it is rendered and tokenised, by code."""
 
@@ -33,71 +33,90 @@ PLAIN_CHAT_TEMPLATE = (
 
 @dataclass
 class TokenizedData:
-    """The pairs of a data set as token ids, the texts they came from, and the rows that fell away."""
+    """The examples of a data set as token ids, the texts they came from, and the rows that fell away."""
 
-    pairs: list[TokenizedPair] = field(default_factory=list)
-    texts: dict[int, Pair] = field(default_factory=dict)
-    """The pair behind each `TokenizedPair.index`."""
+    examples: list[TokenizedExample] = field(default_factory=list)
+    texts: dict[int, Example] = field(default_factory=dict)
+    """What stands behind each `TokenizedExample.index`."""
     problems: list[RowProblem] = field(default_factory=list)
     num_truncated: int = 0
-    """How many of `pairs` have a completion that was cut at max_length."""
+    """How many of `examples` have a completion that was cut at max_length."""
 
 
-def tokenize_pairs(
-    pairs: Iterable[Pair],
+def tokenize_examples(
+    examples: Iterable[Example],
     tokenizer: Any,
     max_length: int,
     truncation: Literal["truncate", "drop", "error"] = "truncate",
     first_index: int = 0,
-    advance: Callable[[int], None] = lambda pairs: None,
+    advance: Callable[[int], None] = lambda examples: None,
 ) -> TokenizedData:
-    """Pairs as token ids, numbered from `first_index`; calls `advance(1)` after each.
+    """Examples as token ids, numbered from `first_index`; calls `advance(1)` after each.
 
     A sequence (prompt and completion) has at most `max_length` tokens. Where a completion reaches beyond, `truncate`
-    cuts both completions at the same place, `drop` leaves the pair out and `error` stops. A prompt is never cut: a
-    pair whose prompt leaves no room is left out.
+    cuts all completions of the prompt at the same place, `drop` leaves the example out and `error` stops. A prompt is
+    never cut: an example whose prompt leaves no room is left out.
 
     Raises:
-        UserError: the rows are messages and the tokenizer has no chat template; or a pair is too long and
+        UserError: the rows are messages and the tokenizer has no chat template; or an example is too long and
             `truncation` is "error".
     """
     data = TokenizedData()
-    for index, (pair, result) in enumerate(_encoded(pairs, tokenizer), start=first_index):
+    for index, example in enumerate(examples, start=first_index):
         advance(1)
-        if isinstance(result, RowProblem):
-            data.problems.append(result)
+        try:
+            prompt_ids, completion_ids = encode(tokenizer, example.prompt, example.completions)
+        except RenderError as error:
+            data.problems.append(RowProblem(error.code, example.source, str(error)))
             continue
-        prompt_ids, chosen_ids, rejected_ids = result
-        room = max_length - len(prompt_ids)
-        if room <= 0:
-            message = (
-                f"the prompt has {len(prompt_ids)} tokens, which leaves no room for an answer within max_length "
-                f"{max_length}; raise max_length or shorten the prompt"
-            )
-            data.problems.append(RowProblem("T01", pair.source, message))
+        room, length = max_length - len(prompt_ids), max(map(len, completion_ids))
+        problem = _misfit(example, len(prompt_ids), length, max_length, truncation)
+        if problem is not None:
+            data.problems.append(problem)
             continue
-        length = max(len(chosen_ids), len(rejected_ids))
-        if length > room:
-            message = (
-                f"the pair has {len(prompt_ids) + length} tokens and max_length is {max_length}; raise max_length, or "
-                "set truncation: truncate"
-            )
-            if truncation == "error":
-                raise UserError(str(RowProblem("T04", pair.source, message)))
-            if truncation == "drop":
-                data.problems.append(RowProblem("T04", pair.source, message))
-                continue
-            chosen_ids, rejected_ids = chosen_ids[:room], rejected_ids[:room]
-        if chosen_ids == rejected_ids:
-            message = (
-                f"chosen and rejected are the same tokens within max_length {max_length}; raise it, or drop the row"
-            )
-            data.problems.append(RowProblem("T05", pair.source, message))
+        completion_ids = [ids[:room] for ids in completion_ids]
+        if len(set(map(tuple, completion_ids))) < len(completion_ids):
+            message = f"completions are the same tokens within max_length {max_length}; raise it, or drop the row"
+            data.problems.append(RowProblem("T05", example.source, message))
             continue
         data.num_truncated += length > room
-        data.pairs.append(TokenizedPair(prompt_ids, chosen_ids, rejected_ids, index))
-        data.texts[index] = pair
+        data.examples.append(_tokenized(example, prompt_ids, completion_ids, index))
+        data.texts[index] = example
     return data
+
+
+def _misfit(example: Example, prompt: int, length: int, max_length: int, truncation: str) -> RowProblem | None:
+    """What is wrong with the lengths of an example, if it cannot stay."""
+    if prompt >= max_length:
+        message = (
+            f"the prompt has {prompt} tokens, which leaves no room for an answer within max_length {max_length}; raise "
+            "max_length or shorten the prompt"
+        )
+        return RowProblem("T01", example.source, message)
+    if prompt + length <= max_length or truncation == "truncate":
+        return None
+    message = (
+        f"the row has {prompt + length} tokens and max_length is {max_length}; raise max_length, or set truncation: "
+        "truncate"
+    )
+    problem = RowProblem("T04", example.source, message)
+    if truncation == "error":
+        raise UserError(str(problem))
+    return problem
+
+
+def _tokenized(
+    example: Example, prompt_ids: list[int], completion_ids: Sequence[list[int]], index: int
+) -> TokenizedExample:
+    return TokenizedExample(
+        prompt_ids,
+        tuple(completion_ids),
+        index,
+        weight=example.weight,
+        margin=example.margin if isinstance(example, Pair) else None,
+        win_probabilities=example.win_probabilities if isinstance(example, Pair) else None,
+        is_desirable=example.is_desirable if isinstance(example, Unpaired) else None,
+    )
 
 
 def encode(tokenizer: Any, prompt: Text, completions: Sequence[Text]) -> tuple[list[int], list[list[int]]]:
@@ -179,16 +198,3 @@ def _ended(tokenizer: Any, ids: list[int]) -> list[int]:
     if end and ids[end - 1] in special:
         return ids[:end]
     return [*ids, tokenizer.eos_token_id]
-
-
-def _encoded(
-    pairs: Iterable[Pair], tokenizer: Any
-) -> Iterator[tuple[Pair, RowProblem | tuple[list[int], list[int], list[int]]]]:
-    """Each pair with its ids (prompt, chosen, rejected), or with what is wrong with it."""
-    for pair in pairs:
-        try:
-            prompt_ids, (chosen_ids, rejected_ids) = encode(tokenizer, pair.prompt, [pair.chosen, pair.rejected])
-        except RenderError as error:
-            yield pair, RowProblem(error.code, pair.source, str(error))
-        else:
-            yield pair, (prompt_ids, chosen_ids, rejected_ids)

@@ -1,70 +1,85 @@
-"""From the fields of a row to texts and messages, and what every pair must be, whatever its family."""
+"""From the fields of a row to texts and messages, and what every example must be, whatever its family."""
 
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
-from penchant.types import Message, Pair, Text
+from penchant.types import Message, Text
 
 ROLES = ("system", "developer", "user", "assistant", "tool")
 """The roles a message may have."""
 
 Row = Mapping[str, Any]
 Messages = list[Message]
-Parts = tuple[Text, Text, Text]
-"""Prompt, chosen, rejected of one row."""
+Parts = tuple[Text, ...]
+"""The prompt of one row, then its completions in the order of the row; of a pair chosen, rejected."""
+
+SIDES = ("chosen", "rejected")
+"""What messages call the completions of a pair."""
 
 _SHAREGPT_ROLES = {"human": "user", "gpt": "assistant", "observation": "tool"}
 _BAD_CHARACTER = re.compile("[\x00\ud800-\udfff]")
 
 
 class RefusedError(Exception):
-    """Why a row cannot be a pair; `formats` turns it into a `RowProblem`."""
+    """Why a row cannot be an example; `formats` turns it into a `RowProblem`."""
 
     def __init__(self, code: str, message: str) -> None:
         super().__init__(message)
         self.code = code
 
 
-def split_implicit(chosen: Text, rejected: Text) -> tuple[Messages, Messages, Messages]:
-    """The prompt is the longest common beginning of both sides in whole messages, never inside a text."""
-    left, right = list(turns_of(chosen, "assistant")), list(turns_of(rejected, "assistant"))
-    check_filled("chosen", left)
-    check_filled("rejected", right)
-    check_differ(left, right)
+def split_implicit(names: Sequence[str], sides: Sequence[Text]) -> Parts:
+    """The prompt is the longest common beginning of two or more sides in whole messages, never inside a text."""
+    turns = [list(turns_of(side, "assistant")) for side in sides]
+    for name, side in zip(names, turns, strict=True):
+        check_filled(name, side)
+    check_differ(names, turns)
+    shortest = min(map(len, turns))
     shared = 0
-    while shared < min(len(left), len(right)) and left[shared] == right[shared]:
+    while shared < shortest and all(side[shared] == turns[0][shared] for side in turns):
         shared += 1
-    if shared in (len(left), len(right)):
-        shorter = "chosen" if shared == len(left) else "rejected"
+    if shared == shortest:
+        shorter = names[[len(side) for side in turns].index(shortest)]
+        others = "the other side" if len(sides) == 2 else "all others"
         raise RefusedError(
-            "D15",
-            f"all of {shorter} stands at the start of the other side, so no prompt is left; add a prompt",
+            "D15", f"all of {shorter} stands at the start of {others}, so no prompt is left; add a prompt"
         )
-    if shared == 0 or "assistant" not in (left[shared]["role"], right[shared]["role"]):
+    if shared == 0 or all(side[shared]["role"] != "assistant" for side in turns):
         raise RefusedError(
             "D16",
-            "chosen and rejected differ before the assistant answers; a pair has one prompt: delete the row",
+            f"{listed(names)} differ before the assistant answers; there is one prompt for all: delete the row",
         )
-    return left[:shared], left[shared:], right[shared:]
+    return turns[0][:shared], *(side[shared:] for side in turns)
 
 
-def split_repeated(prompt: str, chosen: Text, rejected: Text) -> tuple[Messages, Messages, Messages]:
-    """Sides that repeat a prompt given as text (UltraFeedback): it must be their first user turn."""
-    before, left, right = split_implicit(chosen, rejected)
-    first = next((turn["content"] for turn in before if turn["role"] == "user"), "")
+def split_repeated(prompt: str, names: Sequence[str], sides: Sequence[Text]) -> Parts:
+    """Sides that repeat a prompt given as text (UltraFeedback): it must be their first user turn.
+
+    The prompt of several sides is all they share; that of a single one ends with its first user turn.
+    """
+    if len(sides) > 1:
+        before, *rest = split_implicit(names, sides)
+    else:
+        check_filled(names[0], sides[0])
+        turns = turns_of(sides[0], "assistant")
+        questions = [number for number, turn in enumerate(turns, start=1) if turn["role"] == "user"]
+        end = questions[0] if questions else 0
+        before, rest = turns[:end], [turns[end:]]
+    first = next((turn["content"] for turn in turns_of(before, "user") if turn["role"] == "user"), "")
     if first.strip() != prompt.strip():
+        repeat = "repeat" if len(sides) > 1 else "repeats"
         raise RefusedError(
-            "D16", "the prompt is not the first user turn that chosen and rejected repeat; make them agree"
+            "D16", f"the prompt is not the first user turn that {listed(names)} {repeat}; make them agree"
         )
-    return before, left, right
+    return before, *rest
 
 
 def sides_of(row: Row) -> tuple[Text, Text]:
     """Chosen and rejected, both text or both messages."""
-    chosen, rejected = text_or_messages(row, "chosen"), text_or_messages(row, "rejected")
+    chosen, rejected = (text_or_messages(row, key) for key in SIDES)
     if isinstance(chosen, str) != isinstance(rejected, str):
         raise RefusedError("D04", "one of chosen and rejected is text, the other messages; write both the same way")
     return chosen, rejected
@@ -77,7 +92,7 @@ def with_system(row: Row, parts: Parts) -> Parts:
     prompt = turns_of(parts[0], "user")
     if not prompt or prompt[0]["role"] == "system":
         return parts
-    return [{"role": "system", "content": text_of(row, "system")}, *prompt], parts[1], parts[2]
+    return [{"role": "system", "content": text_of(row, "system")}, *prompt], *parts[1:]
 
 
 def _field(row: Row, key: str) -> Any:
@@ -141,27 +156,28 @@ def opens_with_answer(text: Text) -> bool:
     return isinstance(text, str) or (len(text) > 0 and text[0]["role"] == "assistant")
 
 
-# What every pair must be, whatever its family.
+# What every example must be, whatever its family.
 
 
-def check_pair(pair: Pair) -> None:
-    """Refuses a pair that cannot train, for the first reason found."""
-    for name, text in (("prompt", pair.prompt), ("chosen", pair.chosen), ("rejected", pair.rejected)):
+def check_example(parts: Parts, names: Sequence[str]) -> None:
+    """Refuses an example that cannot train, for the first reason found; `names` are those of its completions."""
+    for name, text in zip(("prompt", *names), parts, strict=True):
         for content in [text] if isinstance(text, str) else [turn["content"] for turn in text]:
             if bad := _BAD_CHARACTER.search(content):
                 raise RefusedError(
                     "D12", f"{name} holds the character U+{ord(bad[0]):04X}, which is no text; remove it"
                 )
-    prompt = turns_of(pair.prompt, "user")
+    prompt = turns_of(parts[0], "user")
     if not prompt or not prompt[-1]["content"].strip():
         raise RefusedError("D07", "the prompt is empty; fill it in or delete the row")
     if prompt[-1]["role"] == "assistant":
+        completions = "the completion" if len(names) == 1 else "the completions"
         raise RefusedError(
             "D09",
-            "the prompt ends with an assistant turn, which the completions would continue;"
-            " move that turn into both completions or delete the row",
+            f"the prompt ends with an assistant turn, which {completions} would continue;"
+            f" move that turn into {completions} or delete the row",
         )
-    for name, side in (("chosen", pair.chosen), ("rejected", pair.rejected)):
+    for name, side in zip(names, parts[1:], strict=True):
         check_filled(name, side)
         turns = turns_of(side, "assistant")
         if turns[0]["role"] != "assistant":
@@ -170,7 +186,7 @@ def check_pair(pair: Pair) -> None:
             )
         if turns[-1]["role"] != "assistant":
             raise RefusedError("D11", f"{name} ends with a {turns[-1]['role']} turn; cut it off or add the answer")
-    check_differ(pair.chosen, pair.rejected)
+    check_differ(names, parts[1:])
 
 
 def check_filled(name: str, side: Text) -> None:
@@ -180,13 +196,15 @@ def check_filled(name: str, side: Text) -> None:
         raise RefusedError("D06", f"{name} is empty; fill it in or delete the row")
 
 
-def check_differ(chosen: Text, rejected: Text) -> None:
-    """Refuses sides that are the same but for blanks around the texts."""
-    left, right = (
-        [(turn["role"], turn["content"].strip()) for turn in turns_of(side, "assistant")] for side in (chosen, rejected)
-    )
-    if left == right:
-        raise RefusedError("D05", "chosen and rejected are identical, so nothing is preferred; delete the row")
+def check_differ(names: Sequence[str], sides: Sequence[Text]) -> None:
+    """Refuses sides of which two are the same but for blanks around the texts."""
+    seen: dict[tuple[tuple[str, str], ...], str] = {}
+    for name, side in zip(names, sides, strict=True):
+        content = tuple((turn["role"], turn["content"].strip()) for turn in turns_of(side, "assistant"))
+        if content in seen:
+            mend = "delete the row" if len(sides) == 2 else "delete one of the two"
+            raise RefusedError("D05", f"{seen[content]} and {name} are identical, so nothing is preferred; {mend}")
+        seen[content] = name
 
 
 # How values are shown in messages: short, and printable whatever they hold.
@@ -205,6 +223,11 @@ def kind_of(value: Any) -> str:
     if is_list(value):
         return "a list"
     return next((name for kind, name in kinds if isinstance(value, kind)), f"a {type(value).__name__}")
+
+
+def listed(names: Sequence[str]) -> str:
+    """The names of one or two completions; more of them are `the completions`."""
+    return " and ".join(names) if len(names) <= 2 else "the completions"
 
 
 def _show(text: str) -> str:

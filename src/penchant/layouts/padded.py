@@ -6,18 +6,11 @@ from collections.abc import Sequence
 
 import torch
 
-from penchant.types import Batch, TokenizedPair
+from penchant.types import Batch, TokenizedExample
 
 
-def collate(pairs: Sequence[TokenizedPair]) -> Batch:
-    """Lays out B pairs as 2B rows: the chosen sequences, then the rejected ones."""
-    sequences = [(pair.prompt_ids, pair.chosen_ids) for pair in pairs]
-    sequences += [(pair.prompt_ids, pair.rejected_ids) for pair in pairs]
-    return collate_sequences(sequences, indices=tuple(pair.index for pair in pairs))
-
-
-def collate_sequences(sequences: Sequence[tuple[Sequence[int], Sequence[int]]], indices: tuple[int, ...] = ()) -> Batch:
-    """Lays out N (prompt ids, completion ids) as N rows.
+def collate(examples: Sequence[TokenizedExample], with_prompts: bool = False) -> Batch:
+    """Lays out B examples as N rows, one for each completion; `with_prompts` scores the prompts too.
 
     No attention mask is needed, in any causal model: what fills a row up stands behind its last real token, where no
     real token can see it, and its own outputs are never read. (Without a mask the attention kernels take their fast
@@ -26,28 +19,36 @@ def collate_sequences(sequences: Sequence[tuple[Sequence[int], Sequence[int]]], 
     Raises:
         ValueError: a prompt is empty; the first completion token is predicted from the prompt's last one.
     """
-    if any(len(prompt) == 0 for prompt, _ in sequences):
+    if any(len(example.prompt_ids) == 0 for example in examples):
         raise ValueError("a sequence with an empty prompt cannot be scored: its first token has no context")
-    width = max(len(prompt) + len(completion) for prompt, completion in sequences)
-    input_ids = torch.zeros(len(sequences), width, dtype=torch.long)  # (N, T)
-    hidden_rows, target_ids, sequence_ids = [], [], []
-    for number, (prompt, completion) in enumerate(sequences):
-        start, end = len(prompt), len(prompt) + len(completion)
-        ids = torch.tensor([*prompt, *completion], dtype=torch.long)
-        input_ids[number, :end] = ids
-        hidden_rows.append(torch.arange(start - 1, end - 1) + number * width)
-        target_ids.append(ids[start:])
-        sequence_ids.append(torch.full((len(completion),), number))
+    num_rows = sum(len(example.completion_ids) for example in examples)
+    width = max(example.num_tokens for example in examples)
+    input_ids = torch.zeros(num_rows, width, dtype=torch.long)  # (N, T)
+    spans: list[tuple[int, int]] = []  # the scored tokens of each sequence, by their places in the flattened rows
+    row = 0
+    for example in examples:
+        prompt = len(example.prompt_ids)
+        for number, completion in enumerate(example.completion_ids, start=row):
+            end = prompt + len(completion)
+            input_ids[number, :end] = torch.tensor([*example.prompt_ids, *completion], dtype=torch.long)
+            spans.append((number * width + prompt, number * width + end))
+        if with_prompts:
+            spans.append((row * width + 1, row * width + prompt))
+        row += len(example.completion_ids)
+    places = torch.cat([torch.arange(start, end) for start, end in spans])
+    lengths = torch.tensor([end - start for start, end in spans])
     return Batch(
         model_inputs={"input_ids": input_ids},
-        hidden_rows=torch.cat(hidden_rows),
-        target_ids=torch.cat(target_ids),
-        sequence_ids=torch.cat(sequence_ids),
-        lengths=torch.tensor([len(completion) for _, completion in sequences]),
-        indices=indices,
+        hidden_rows=places - 1,
+        target_ids=input_ids.flatten()[places],
+        sequence_ids=torch.arange(len(spans)).repeat_interleave(lengths),
+        lengths=lengths,
+        examples=tuple(examples),
+        with_prompts=with_prompts,
     )
 
 
-def cost(pairs: Sequence[TokenizedPair]) -> int:
-    """Tokens that the model computes for these pairs laid out together, filling included."""
-    return 2 * len(pairs) * max(pair.num_tokens for pair in pairs)
+def cost(examples: Sequence[TokenizedExample]) -> int:
+    """Tokens that the model computes for these examples laid out together, filling included."""
+    num_rows = sum(len(example.completion_ids) for example in examples)
+    return num_rows * max(example.num_tokens for example in examples)

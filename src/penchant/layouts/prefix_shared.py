@@ -1,6 +1,6 @@
-"""The prefix-shared layout: one packed row, each prompt computed once for both of its completions, nothing filled up.
+"""The prefix-shared layout: one packed row, each prompt computed once for all its completions, nothing filled up.
 
-Everything but attention works token by token, so a prompt's hidden states are the same for both completions and need
+Everything but attention works token by token, so a prompt's hidden states are the same for all its completions and need
 to be computed once. Attention is the exception: there each completion must see its prompt and itself only. The
 attention function (`models.attention`) spreads queries, keys and values into one row a sequence, attends there, and
 takes the results back. The idea is that of prefix sharing (Wang & Hegde 2024, arXiv:2410.20305).
@@ -12,44 +12,45 @@ from collections.abc import Sequence
 
 import torch
 
-from penchant.types import Batch, SharedRows, TokenizedPair
+from penchant.types import Batch, SharedRows, TokenizedExample
 
 
-def collate(pairs: Sequence[TokenizedPair]) -> Batch:
-    """Lays out B pairs as one row of prompt, chosen, rejected after prompt, chosen, rejected, ...
+def collate(examples: Sequence[TokenizedExample], with_prompts: bool = False) -> Batch:
+    """Lays out B examples as one row: prompt, completion, completion, ..., prompt, completion, ...
+
+    `with_prompts` scores the prompts too.
 
     Raises:
         ValueError: a prompt is empty; the first completion token is predicted from the prompt's last one.
     """
-    if any(len(pair.prompt_ids) == 0 for pair in pairs):
+    if any(len(example.prompt_ids) == 0 for example in examples):
         raise ValueError("a sequence with an empty prompt cannot be scored: its first token has no context")
     input_ids: list[int] = []
     position_ids: list[int] = []
-    chosen_rows: list[torch.Tensor] = []  # packed places of each sequence, prompt included
-    rejected_rows: list[torch.Tensor] = []
-    for pair in pairs:
-        start = len(input_ids)
-        prompt, chosen, rejected = len(pair.prompt_ids), len(pair.chosen_ids), len(pair.rejected_ids)
-        input_ids += [*pair.prompt_ids, *pair.chosen_ids, *pair.rejected_ids]
-        position_ids += [*range(prompt + chosen), *range(prompt, prompt + rejected)]
-        chosen_rows.append(torch.arange(start, start + prompt + chosen))
-        behind = start + prompt + chosen
-        rejected_rows.append(torch.cat([torch.arange(start, start + prompt), torch.arange(behind, behind + rejected)]))
+    rows: list[torch.Tensor] = []  # packed places of each row of attention: a prompt and one completion
+    scored: list[tuple[torch.Tensor, int]] = []  # of each sequence its packed places, and from which on it is scored
+    for example in examples:
+        start, prompt = len(input_ids), len(example.prompt_ids)
+        prompt_places = torch.arange(start, start + prompt)
+        input_ids += example.prompt_ids
+        position_ids += range(prompt)
+        for completion in example.completion_ids:
+            behind = len(input_ids)
+            rows.append(torch.cat([prompt_places, torch.arange(behind, behind + len(completion))]))
+            scored.append((rows[-1], prompt))
+            input_ids += completion
+            position_ids += range(prompt, prompt + len(completion))
+        if with_prompts:
+            scored.append((prompt_places, 1))
 
-    rows = chosen_rows + rejected_rows
     width = max(len(row) for row in rows)
     gather = torch.zeros(len(rows), width, dtype=torch.long)  # (N, L)
     scatter = torch.zeros(len(input_ids), dtype=torch.long)  # (T,)
-    hidden_rows, target_ids, sequence_ids, lengths = [], [], [], []
-    ids = torch.tensor(input_ids)
-    for number, (row, pair) in enumerate(zip(rows, [*pairs, *pairs], strict=True)):
+    for number, row in enumerate(rows):
         gather[number, : len(row)] = row
-        scatter[row] = torch.arange(len(row)) + number * width  # both rows of a pair agree on the prompt's results
-        prompt = len(pair.prompt_ids)
-        hidden_rows.append(row[prompt - 1 : -1])
-        target_ids.append(ids[row[prompt:]])
-        sequence_ids.append(torch.full((len(row) - prompt,), number))
-        lengths.append(len(row) - prompt)
+        scatter[row] = torch.arange(len(row)) + number * width  # the rows of an example agree on the prompt's results
+    ids = torch.tensor(input_ids)
+    lengths = torch.tensor([len(places) - first for places, first in scored])
     return Batch(
         model_inputs={
             "input_ids": ids[None],
@@ -58,14 +59,15 @@ def collate(pairs: Sequence[TokenizedPair]) -> Batch:
             "attention_mask": torch.ones(1, 1, 1, 1, dtype=torch.bool),
             "shared_rows": SharedRows(gather, scatter),
         },
-        hidden_rows=torch.cat(hidden_rows),
-        target_ids=torch.cat(target_ids),
-        sequence_ids=torch.cat(sequence_ids),
-        lengths=torch.tensor(lengths),
-        indices=tuple(pair.index for pair in pairs),
+        hidden_rows=torch.cat([places[first - 1 : -1] for places, first in scored]),
+        target_ids=torch.cat([ids[places[first:]] for places, first in scored]),
+        sequence_ids=torch.arange(len(scored)).repeat_interleave(lengths),
+        lengths=lengths,
+        examples=tuple(examples),
+        with_prompts=with_prompts,
     )
 
 
-def cost(pairs: Sequence[TokenizedPair]) -> int:
-    """Tokens that the model computes for these pairs laid out together."""
-    return sum(len(pair.prompt_ids) + len(pair.chosen_ids) + len(pair.rejected_ids) for pair in pairs)
+def cost(examples: Sequence[TokenizedExample]) -> int:
+    """Tokens that the model computes for these examples laid out together."""
+    return sum(len(example.prompt_ids) + sum(map(len, example.completion_ids)) for example in examples)

@@ -21,8 +21,10 @@ def build_loss(settings: Mapping[str, Any]) -> Loss:
     """
     if "name" in settings:
         return _build_one(settings, "loss.")
-    if not settings or not all(isinstance(value, Mapping) for value in settings.values()):
-        raise UserError("loss: give its name (loss.name), or for a sum one section for each of its losses.")
+    for key, value in settings.items():
+        if not isinstance(value, Mapping):
+            losses = ", ".join(name for name, fields in settings.items() if isinstance(fields, Mapping)) or "no loss"
+            raise UserError(f"loss.{key}: this loss is a sum (of {losses}); say of which loss, as in loss.dpo.{key}.")
     terms = []
     for name, fields in settings.items():
         fields = dict(fields)

@@ -99,4 +99,4 @@ class LengthDesensitizedDPOLoss(PairLoss, name="ld-dpo"):
 
     def _sum(self, values: Float[Tensor, "B C"], shorter: Int[Tensor, " B"]) -> Float[Tensor, " B"]:
         is_shared = torch.arange(values.shape[1], device=values.device) < shorter[:, None]  # (B, C)
-        return (values * torch.where(is_shared, 1.0, self.alpha).to(values.dtype)).sum(-1)
+        return torch.where(is_shared, values, self.alpha * values).sum(-1)

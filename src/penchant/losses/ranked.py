@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import torch
+import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor
 
@@ -29,8 +30,9 @@ class PlackettLuceDPOLoss(RankedLoss, name="pl-dpo"):
     def __call__(self, logps: RankedLogps) -> Float[Tensor, " B"]:
         lowest = torch.finfo(logps.policy_logps.dtype).min  # finite, so that no gradient is nan
         scores = self.rewards(logps).masked_fill(~logps.is_present, lowest)  # (B, K)
-        rest = scores.flip(-1).logcumsumexp(-1).flip(-1)  # of each place and all behind it
-        return ((rest - scores) * logps.is_present).sum(-1)
+        behind = scores.flip(-1).logcumsumexp(-1).flip(-1)[:, 1:]  # of all places behind each
+        # log(1 + exp(behind - score)) is log sum over j >= k less the score, without the cancellation of a difference.
+        return (-F.logsigmoid(scores[:, :-1] - behind) * logps.is_present[:, 1:]).sum(-1)
 
     def rewards(self, logps: RankedLogps) -> Float[Tensor, "B K"]:
         """beta (log pi - log pi_ref)."""

@@ -24,33 +24,31 @@ CHUNK_BYTES = {"cpu": 64 * 2**20, "cuda": 256 * 2**20}
 """Size of one chunk of float32 logits. Larger ones gain nothing once the product fills the device."""
 
 
-def token_logps(model: nn.Module, batch: Batch, with_entropies: bool = False) -> TokenLogps:
-    """Log-probabilities (and entropies) of the completion tokens of a batch, in float32 or better.
+def token_logps(
+    model: nn.Module, batch: Batch, with_entropies: bool = False, with_collisions: bool = False
+) -> TokenLogps:
+    """Log-probabilities (and entropies, and log-collisions) of a batch's scored tokens, in float32 or better.
 
     `model` is a transformers or peft causal model, or any module that maps token ids (rows, T) to logits (rows, T, V)
     or to an object with `.logits`. A transformers model is entered at its decoder and its head is applied to the
-    completion rows only; any other module builds its own logits.
+    scored rows only; any other module builds its own logits.
     """
     head = _head_of(model, batch)
     if head is None:
         logits = _own_logits(model, batch.model_inputs).flatten(0, 1)[batch.hidden_rows]  # (M, V)
-        logps, entropies = _read_off(_at_least_float32(logits), batch.target_ids, with_entropies)
-        return TokenLogps(logps, entropies)
+        return TokenLogps(*_read_off(_at_least_float32(logits), batch.target_ids, with_entropies, with_collisions))
 
     hidden = head.decoder(**batch.model_inputs, use_cache=False).last_hidden_state
     hidden = hidden.flatten(0, 1).index_select(0, batch.hidden_rows)  # (M, D)
     rows_per_chunk = max(1, CHUNK_BYTES.get(hidden.device.type, 2**26) // (4 * head.vocab_size))
+    wanted = (with_entropies, with_collisions)
     if hidden.shape[0] <= rows_per_chunk:
-        logps, entropies = head(hidden, batch.target_ids, with_entropies)
-        return TokenLogps(logps, entropies)
+        return TokenLogps(*head(hidden, batch.target_ids, *wanted))
     pieces = [
-        checkpoint(head, rows, targets, with_entropies, use_reentrant=False, preserve_rng_state=False)
+        checkpoint(head, rows, targets, *wanted, use_reentrant=False, preserve_rng_state=False)
         for rows, targets in zip(hidden.split(rows_per_chunk), batch.target_ids.split(rows_per_chunk), strict=True)
     ]
-    return TokenLogps(
-        logps=torch.cat([logps for logps, _ in pieces]),
-        entropies=torch.cat([entropies for _, entropies in pieces]) if with_entropies else None,
-    )
+    return TokenLogps.join([TokenLogps(*piece) for piece in pieces])
 
 
 def builds_full_logits(model: nn.Module) -> bool:
@@ -81,9 +79,9 @@ class _Head:
     softcap: float | None
 
     def __call__(
-        self, hidden: Float[Tensor, "m D"], target_ids: Int[Tensor, " m"], with_entropies: bool
-    ) -> tuple[Float[Tensor, " m"], Float[Tensor, " m"] | None]:
-        return _read_off(self.logits(hidden), target_ids, with_entropies)
+        self, hidden: Float[Tensor, "m D"], target_ids: Int[Tensor, " m"], with_entropies: bool, with_collisions: bool
+    ) -> tuple[Float[Tensor, " m"], Float[Tensor, " m"] | None, Float[Tensor, " m"] | None]:
+        return _read_off(self.logits(hidden), target_ids, with_entropies, with_collisions)
 
     def logits(self, hidden: Tensor) -> Tensor:
         logits = _at_least_float32(self.projection(hidden))
@@ -95,15 +93,18 @@ class _Head:
 
 
 def _read_off(
-    logits: Float[Tensor, "m V"], target_ids: Int[Tensor, " m"], with_entropies: bool
-) -> tuple[Float[Tensor, " m"], Float[Tensor, " m"] | None]:
+    logits: Float[Tensor, "m V"], target_ids: Int[Tensor, " m"], with_entropies: bool, with_collisions: bool
+) -> tuple[Float[Tensor, " m"], Float[Tensor, " m"] | None, Float[Tensor, " m"] | None]:
     log_normalizer = logits.logsumexp(-1)
     logps = logits.gather(-1, target_ids[:, None]).squeeze(-1) - log_normalizer
-    if not with_entropies:
-        return logps, None
+    entropies = log_collisions = None
     with torch.no_grad():
-        # entr(p) = -p log p is 0 at p = 0, so logits of -inf do no harm.
-        return logps, torch.special.entr(logits.softmax(-1)).sum(-1)
+        if with_entropies:
+            # entr(p) = -p log p is 0 at p = 0, so logits of -inf do no harm.
+            entropies = torch.special.entr(logits.softmax(-1)).sum(-1)
+        if with_collisions:
+            log_collisions = (2 * logits).logsumexp(-1) - 2 * log_normalizer
+    return logps, entropies, log_collisions
 
 
 def _at_least_float32(logits: Tensor) -> Tensor:

@@ -28,10 +28,11 @@ class Line:
 
 @dataclass(frozen=True)
 class Baseline:
-    """A level to compare the curves with."""
+    """A level to compare with; `kind` is the class that gives its line its stroke."""
 
     label: str
     value: Number
+    kind: str = "base"
 
 
 @dataclass(frozen=True)
@@ -98,7 +99,7 @@ def line_chart(name: str, title: str, lines: Sequence[Line], baselines: Sequence
     values = [value for line in lines for _, value in line.series.finite]
     x = _step_scale(min(steps), max(steps))
     y = _value_scale([*values, *(baseline.value for baseline in baselines)])
-    svg = _svg(name, title, "; ".join(_describe(line) for line in lines))
+    svg = drawing(name, title, "; ".join(_describe(line) for line in lines))
     _draw_axes(svg, x, y, "step")
     for baseline in baselines:
         height = _coordinate(y(baseline.value))
@@ -115,7 +116,7 @@ def histogram(name: str, title: str, unit: str, groups: Sequence[Group]) -> tupl
     low, high = bins[0].low, bins[-1].high
     x = Scale(low, high, LEFT, RIGHT, nice_step((high - low) / 5))
     y = _value_scale([0.0, *(share for of_group in shares for share in of_group)])
-    svg = _svg(name, title, "; ".join(_describe_group(group) for group in groups))
+    svg = drawing(name, title, "; ".join(_describe_group(group) for group in groups))
     _draw_axes(svg, x, y, unit)
     for group, of_group in zip(groups, shares, strict=True):
         corners = [f"{x(bins[0].low):.1f},{y(0):.1f}"]
@@ -143,6 +144,15 @@ def swatch(kind: str, marked: bool = False, area: bool = False) -> str:
     return tostring(svg, encoding="unicode")
 
 
+def drawing(name: str, title: str, description: str, height: int = HEIGHT) -> Element:
+    """An empty drawing that says in words what it shows."""
+    ids = f"{name}-title {name}-desc"
+    svg = Element("svg", {"viewBox": f"0 0 {WIDTH} {height}", "role": "img", "aria-labelledby": ids})
+    SubElement(svg, "title", {"id": f"{name}-title"}).text = title
+    SubElement(svg, "desc", {"id": f"{name}-desc"}).text = description
+    return svg
+
+
 def _room(low: Number, high: Number, least: Number) -> tuple[Number, Number]:
     """The range itself, or some room around it when it is a single value to the eye of a double."""
     if high - low > 1e-9 * max(abs(low), abs(high)):
@@ -165,14 +175,6 @@ def _step_scale(first: Number, last: Number) -> Scale:
     step = nice_step((high - low) / 4)
     # There is no step 2.5 of a training.
     return Scale(low, high, LEFT, RIGHT, 1.0 if step < 1 else 5.0 if step == 2.5 else step)
-
-
-def _svg(name: str, title: str, description: str) -> Element:
-    ids = f"{name}-title {name}-desc"
-    svg = Element("svg", {"viewBox": f"0 0 {WIDTH} {HEIGHT}", "role": "img", "aria-labelledby": ids})
-    SubElement(svg, "title", {"id": f"{name}-title"}).text = title
-    SubElement(svg, "desc", {"id": f"{name}-desc"}).text = description
-    return svg
 
 
 def _describe(line: Line) -> str:

@@ -12,25 +12,28 @@ from penchant.errors import UserError
 from penchant.layouts import padded, prefix_shared
 from penchant.models.attention import use_shared_rows
 from penchant.scoring.policy import Policy
-from penchant.types import Batch, TokenizedPair
+from penchant.types import Batch, TokenizedExample
 
 
 @dataclass(frozen=True)
 class Layout:
-    """How pairs become a batch, what that costs in tokens, and the sentence that says why it was chosen."""
+    """How examples become a batch, what that costs in tokens, and the sentence that says why it was chosen."""
 
     name: str
-    collate: Callable[[Sequence[TokenizedPair]], Batch]
-    cost: Callable[[Sequence[TokenizedPair]], int]
+    collate: Callable[..., Batch]
+    """`collate(examples, with_prompts=False)`."""
+    cost: Callable[[Sequence[TokenizedExample]], int]
     reason: str
 
-    def batches(self, pairs: Sequence[TokenizedPair], max_tokens: int) -> Iterator[Batch]:
-        """The pairs in batches of at most `max_tokens`, longest first."""
-        return map(self.collate, self.parts(pairs, max_tokens))
+    def batches(
+        self, examples: Sequence[TokenizedExample], max_tokens: int, with_prompts: bool = False
+    ) -> Iterator[Batch]:
+        """The examples in batches of at most `max_tokens`, longest first."""
+        return (self.collate(part, with_prompts) for part in self.parts(examples, max_tokens))
 
-    def parts(self, pairs: Sequence[TokenizedPair], max_tokens: int) -> list[list[TokenizedPair]]:
-        """The pairs of each of those batches."""
-        return microbatches(pairs, max_tokens, self.cost)
+    def parts(self, examples: Sequence[TokenizedExample], max_tokens: int) -> list[list[TokenizedExample]]:
+        """The examples of each of those batches."""
+        return microbatches(examples, max_tokens, self.cost)
 
 
 PADDED = Layout("padded", padded.collate, padded.cost, "padded: a row a sequence, filled up")
@@ -38,19 +41,19 @@ PREFIX_SHARED = Layout(
     "prefix_shared",
     prefix_shared.collate,
     prefix_shared.cost,
-    "prefix_shared: each prompt computed once for both completions, nothing filled up",
+    "prefix_shared: each prompt computed once for all its completions, nothing filled up",
 )
 
 
-def choose_layout(policy: Policy, wanted: str, pairs: Sequence[TokenizedPair]) -> Layout:
-    """`wanted` is padded, prefix_shared or auto (prefix_shared where it is exact); some real pairs are tried.
+def choose_layout(policy: Policy, wanted: str, examples: Sequence[TokenizedExample]) -> Layout:
+    """`wanted` is padded, prefix_shared or auto (prefix_shared where it is exact); some real examples are tried.
 
     Raises:
         UserError: prefix_shared was asked for and is not exact for this model.
     """
     if wanted == "padded":
         return PADDED
-    trouble = trouble_with_sharing(policy, pairs)
+    trouble = trouble_with_sharing(policy, examples)
     if trouble is None:
         return PREFIX_SHARED
     if wanted == "prefix_shared":
@@ -58,7 +61,7 @@ def choose_layout(policy: Policy, wanted: str, pairs: Sequence[TokenizedPair]) -
     return Layout("padded", padded.collate, padded.cost, f"{PADDED.reason} (prefixes not shared: {trouble})")
 
 
-def trouble_with_sharing(policy: Policy, pairs: Sequence[TokenizedPair]) -> str | None:
+def trouble_with_sharing(policy: Policy, examples: Sequence[TokenizedExample]) -> str | None:
     """Makes the model attend in shared rows and holds it against padded rows; None where both agree.
 
     Layers that carry a state from token to token (convolutions, linear attention, state spaces) let one completion see
@@ -70,8 +73,12 @@ def trouble_with_sharing(policy: Policy, pairs: Sequence[TokenizedPair]) -> str 
         return "it is not a transformers model"
     # The ends of a few real rows: several in one batch, since leaks show between neighbours; short, to be quick.
     tried = [
-        TokenizedPair(pair.prompt_ids[-16:], pair.chosen_ids[:8], pair.rejected_ids[:6], pair.index)
-        for pair in pairs[:3]
+        TokenizedExample(
+            example.prompt_ids[-16:],
+            tuple(ids[: 8 - 2 * (place % 2)] for place, ids in enumerate(example.completion_ids[:4])),
+            example.index,
+        )
+        for example in examples[:3]
     ]
     expected, expected_gradient = _scores(policy, padded.collate(tried))
     if not use_shared_rows(model):

@@ -11,57 +11,103 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from penchant.losses import PairLoss, preference_accuracy
-from penchant.types import PairLogps, TokenLogps
+from penchant.losses import Loss, preference_accuracy
+from penchant.scoring.records import rewards_of, sequence_logps, weights_of
+from penchant.types import Batch, Logps, TokenLogps
 
 
 class Means:
-    """Running means of named numbers, each over its own count (pairs or tokens)."""
+    """Running means of named numbers, each over its own count (pairs or tokens) or weight."""
 
     def __init__(self) -> None:
         self._sums: dict[str, float] = {}
-        self._counts: dict[str, int] = {}
+        self._weights: dict[str, float] = {}
 
-    def add(self, name: str, values: Float[Tensor, " n"]) -> None:
+    def add(self, name: str, values: Float[Tensor, " n"], weights: Float[Tensor, " n"] | None = None) -> None:
         """Takes n values into the mean of `name`."""
-        self._sums[name] = self._sums.get(name, 0.0) + values.detach().double().sum().item()
-        self._counts[name] = self._counts.get(name, 0) + values.numel()
+        values = values.detach().double()
+        weights = torch.ones_like(values) if weights is None else weights.double()
+        self._sums[name] = self._sums.get(name, 0.0) + (values * weights).sum().item()
+        self._weights[name] = self._weights.get(name, 0.0) + weights.sum().item()
 
     def means(self) -> dict[str, float | None]:
         """The means so far; None where one is not finite (JSON knows no nan)."""
-        means = {name: self._sums[name] / self._counts[name] for name in self._sums if self._counts[name]}
+        means = {name: self._sums[name] / self._weights[name] for name in self._sums if self._weights[name]}
         return {name: mean if math.isfinite(mean) else None for name, mean in means.items()}
 
 
 @torch.no_grad()
 def observe(
     means: Means,
-    loss: PairLoss,
-    logps: PairLogps,
+    loss: Loss,
+    batch: Batch,
+    logps: Logps,
     losses: Float[Tensor, " B"],
     policy: TokenLogps,
-    ref_logps: Float[Tensor, " M"] | None,
-) -> None:
-    """Takes a microbatch into the means.
+    ref: Float[Tensor, " M"] | None,
+) -> Float[Tensor, " N"]:
+    """Takes a batch into the means and gives back the implicit rewards of its completions.
 
     `loss`; `rewards/*`: the loss's own implicit reward; `logps/*`: summed over a completion, in nats; `length/*`:
-    completion tokens; `entropy`: of the policy's next-token distribution, nats a token; `kl`: how far the policy
-    has moved from the reference on these completions, nats a token, always at least 0: the mean of d^2 / 2,
-    d = log pi - log pi_ref (estimator k2 of Schulman 2020, "Approximating KL divergence"). The tokens are the data's,
-    not the policy's own samples, so it measures displacement on the data, not the KL of the objective. (The estimator
-    k3, exp(-d) - 1 + d, explodes here: a rejected token that became e^10 times less likely counts as 22,000 nats.)
+    completion tokens. Of a pair these speak of chosen and rejected, of a ranking of its best and its worst, of single
+    completions of the desirable and the others. `rewards/accuracies`: the share of judgements that the rewards agree
+    with, ties counting half: pairs, couples of a ranking, or (the area under the ROC curve) couples of one desirable
+    and one undesirable completion. `rewards/margins`: chosen less rejected.
+
+    `entropy`: of the policy's next-token distribution, nats a token; `kl`: how far the policy has moved from the
+    reference on these completions, nats a token, always at least 0: the mean of d^2 / 2, d = log pi - log pi_ref
+    (estimator k2 of Schulman 2020, "Approximating KL divergence"). The tokens are the data's, not the policy's own
+    samples, so it measures displacement on the data, not the KL of the objective. (The estimator k3, exp(-d) - 1 + d,
+    explodes here: a rejected token that became e^10 times less likely counts as 22,000 nats.)
     """
-    chosen_rewards, rejected_rewards = loss.rewards(logps)
-    means.add("loss", losses)
-    means.add("rewards/chosen", chosen_rewards)
-    means.add("rewards/rejected", rejected_rewards)
-    means.add("rewards/accuracies", preference_accuracy(chosen_rewards, rejected_rewards))
-    means.add("rewards/margins", chosen_rewards - rejected_rewards)
-    means.add("logps/chosen", logps.policy_chosen_logps)
-    means.add("logps/rejected", logps.policy_rejected_logps)
-    means.add("length/chosen", logps.chosen_lengths.float())
-    means.add("length/rejected", logps.rejected_lengths.float())
+    rewards = rewards_of(loss, logps)
+    means.add("loss", losses, weights_of(loss, batch))
+    sequences = sequence_logps(batch, policy.logps, ref)
+    is_completion = batch.is_completion
+    firsts, lasts = _places(batch)
+    if all(len(example.completion_ids) == 1 for example in batch.examples):
+        is_desirable = sequences.is_desirable
+        firsts, lasts = is_desirable.nonzero().flatten(), (~is_desirable).nonzero().flatten()
+        if len(firsts) and len(lasts):
+            means.add("rewards/accuracies", _share_below(rewards[firsts], rewards[lasts]))
+            means.add("rewards/margins", (rewards[firsts].mean() - rewards[lasts].mean()).reshape(1))
+    else:
+        means.add("rewards/accuracies", _accuracies(batch, rewards))
+        means.add("rewards/margins", rewards[firsts] - rewards[lasts])
+    by_completion = {
+        "rewards": rewards,
+        "logps": sequences.policy_logps[is_completion],
+        "length": sequences.lengths[is_completion].float(),
+    }
+    for name, values in by_completion.items():
+        means.add(f"{name}/chosen", values[firsts])
+        means.add(f"{name}/rejected", values[lasts])
+    of_completions = is_completion[batch.sequence_ids]
     if policy.entropies is not None:
-        means.add("entropy", policy.entropies)
-    if ref_logps is not None:
-        means.add("kl", (policy.logps - ref_logps).square() / 2)
+        means.add("entropy", policy.entropies[of_completions])
+    if ref is not None:
+        means.add("kl", (policy.logps - ref)[of_completions].square() / 2)
+    return rewards
+
+
+def _places(batch: Batch) -> tuple[Tensor, Tensor]:
+    """Where among the completions the first and the last one of each example stand."""
+    counts = torch.tensor([len(example.completion_ids) for example in batch.examples], device=batch.lengths.device)
+    ends = counts.cumsum(0)
+    return ends - counts, ends - 1
+
+
+def _accuracies(batch: Batch, rewards: Float[Tensor, " N"]) -> Float[Tensor, " B"]:
+    """Of each example the share of its couples, the better one first, that the rewards agree with."""
+    shares = []
+    for own in rewards.split([len(example.completion_ids) for example in batch.examples]):
+        better, worse = torch.triu_indices(len(own), len(own), offset=1, device=own.device)
+        shares.append(preference_accuracy(own[better], own[worse]).mean())
+    return torch.stack(shares)
+
+
+def _share_below(values: Float[Tensor, " n"], others: Float[Tensor, " m"]) -> Float[Tensor, " n"]:
+    """Of each value the share of the others that are below it, equal ones counting half."""
+    others = others.sort().values
+    below, up_to = torch.searchsorted(others, values), torch.searchsorted(others, values, right=True)
+    return (below + up_to) / (2 * len(others))

@@ -14,7 +14,7 @@ from penchant.data.chat import encode
 from penchant.layouts import padded
 from penchant.models.load import load_model_and_tokenizer
 from penchant.models.logps import evaluation_mode, token_logps
-from penchant.types import Batch, Text, TokenLogps
+from penchant.types import Batch, Text, TokenizedExample, TokenLogps
 
 Precision = Literal["float32", "bf16"]
 """`float32`, or `bf16`: matrix products in bfloat16 over float32 weights (autocast)."""
@@ -53,10 +53,10 @@ class Policy:
         """The model's parameters, for an optimizer."""
         return self.model.parameters()
 
-    def token_logps(self, batch: Batch, with_entropies: bool = False) -> TokenLogps:
-        """Log-probabilities of the completion tokens of a batch, in nats."""
+    def token_logps(self, batch: Batch, with_entropies: bool = False, with_collisions: bool = False) -> TokenLogps:
+        """Log-probabilities of the scored tokens of a batch, in nats."""
         with self._arithmetic():
-            return token_logps(self.model, batch.to(self.device), with_entropies)
+            return token_logps(self.model, batch.to(self.device), with_entropies, with_collisions)
 
     def log_prob(self, prompts: Sequence[Text], completions: Sequence[Text]) -> Float[Tensor, " N"]:
         """log pi(completion | prompt) of N texts: the sum over the completion's tokens and its end token, in nats.
@@ -70,10 +70,10 @@ class Policy:
         if len(prompts) != len(completions):
             raise ValueError(f"{len(prompts)} prompts and {len(completions)} completions: give one for each")
         sequences = []
-        for prompt, completion in zip(prompts, completions, strict=True):
-            prompt_ids, (completion_ids,) = encode(self.tokenizer, prompt, [completion])
-            sequences.append((prompt_ids, completion_ids))
-        batch = padded.collate_sequences(sequences).to(self.device)
+        for number, (prompt, completion) in enumerate(zip(prompts, completions, strict=True)):
+            prompt_ids, completion_ids = encode(self.tokenizer, prompt, [completion])
+            sequences.append(TokenizedExample(prompt_ids, tuple(completion_ids), number))
+        batch = padded.collate(sequences).to(self.device)
         return batch.sum_by_sequence(self.token_logps(batch).logps)
 
     @torch.no_grad()

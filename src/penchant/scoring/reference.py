@@ -1,23 +1,25 @@
 """Where the reference's log-probabilities come from.
 
-Each kind answers the same question: the log-probabilities of the completion tokens of some batches. Token by token, so
-that the layout and the methods that need more than a sum stay free; `pair_logps` adds them up.
+Each kind answers the same question: the log-probabilities of the scored tokens of some batches. Token by token, so
+that the layout and the methods that need more than a sum stay free; `scoring.records` adds them up.
 """
 
 from __future__ import annotations
 
 import copy
+import hashlib
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 
+import numpy as np
 import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
 from penchant.models.adapters import adapter_off
 from penchant.scoring.policy import Policy
-from penchant.types import Batch, PairLogps
+from penchant.types import Batch, TokenizedExample
 
 
 class Reference(ABC):
@@ -30,7 +32,7 @@ class Reference(ABC):
 
     @abstractmethod
     def token_logps(self, batches: Sequence[Batch]) -> list[Float[Tensor, " M"]]:
-        """log pi_ref of the completion tokens of each batch, on the batch's device; no gradient.
+        """log pi_ref of the scored tokens of each batch, on the batch's device; no gradient.
 
         Takes all microbatches of a step at once, so that an offloaded reference moves once a step.
         """
@@ -87,56 +89,80 @@ class AdapterOff(Reference):
             return [self._policy.token_logps(batch).logps for batch in batches]
 
 
-class Precomputed(Reference):
-    """Log-probabilities computed once, before training; the model that made them may be gone.
+class LogpsCache:
+    """Log-probabilities of completions under one model, by their content: the ids of prompt and completion.
 
-    Kept in host memory, 4 bytes a completion token.
+    Kept in host memory, 4 bytes a token. Neither loss nor order nor batch matter, so runs of one model share it.
     """
 
-    def __init__(self, is_start_of_policy: bool) -> None:
+    def __init__(self) -> None:
+        self._logps: dict[bytes, Tensor] = {}
+
+    def missing(self, examples: Iterable[TokenizedExample]) -> list[TokenizedExample]:
+        """Those of which a completion is not there yet, each content once."""
+        found: dict[tuple[bytes, ...], TokenizedExample] = {}
+        for example in examples:
+            keys = tuple(_keys(example))
+            if any(key not in self._logps for key in keys):
+                found.setdefault(keys, example)
+        return list(found.values())
+
+    @torch.no_grad()
+    def fill(self, source: Policy, batches: Iterable[Batch], advance: Callable[[int], None]) -> None:
+        """Scores the examples of `batches` with `source` as it stands; calls `advance(examples)` as it goes."""
+        for batch in batches:
+            sequences = iter(source.token_logps(batch).logps.cpu().split(batch.lengths.tolist()))
+            for example in batch.examples:
+                self._logps.update(zip(_keys(example), sequences, strict=False))
+            advance(len(batch.examples))
+
+    def lookup(self, batch: Batch) -> Float[Tensor, " M"]:
+        """The log-probabilities of a batch's scored tokens; nan for those of prompts, which no reference is asked for.
+
+        Raises:
+            KeyError: a completion was never scored.
+        """
+        pieces = []
+        for example in batch.examples:
+            pieces += [self._logps[key] for key in _keys(example)]
+            if batch.with_prompts:
+                pieces.append(torch.full((len(example.prompt_ids) - 1,), torch.nan))
+        return torch.cat(pieces).to(batch.target_ids.device)
+
+
+class Precomputed(Reference):
+    """Log-probabilities computed once, before training; the model that made them may be gone."""
+
+    def __init__(self, cache: LogpsCache, is_start_of_policy: bool) -> None:
+        self._cache = cache
         self.is_start_of_policy = is_start_of_policy
         origin = "the starting weights" if is_start_of_policy else "another model"
         self.description = f"precomputed once from {origin}"
-        self._logps: dict[int, tuple[Tensor, Tensor]] = {}
-
-    @classmethod
-    def from_batches(
-        cls,
-        source: Policy,
-        batches: Iterable[Batch],
-        is_start_of_policy: bool,
-        advance: Callable[[int], None],
-    ) -> Precomputed:
-        """Scores every pair of `batches` with `source` as it stands; calls `advance(pairs)` as it goes."""
-        reference = cls(is_start_of_policy)
-        for batch in batches:
-            with torch.no_grad():
-                logps = source.token_logps(batch).logps.cpu()
-            sequences = logps.split(batch.lengths.tolist())
-            num_pairs = len(batch.indices)
-            for place, index in enumerate(batch.indices):
-                reference._logps[index] = (sequences[place], sequences[num_pairs + place])
-            advance(num_pairs)
-        return reference
 
     def token_logps(self, batches: Sequence[Batch]) -> list[Float[Tensor, " M"]]:
-        return [self._lookup(batch) for batch in batches]
-
-    def _lookup(self, batch: Batch) -> Float[Tensor, " M"]:
-        chosen = [self._logps[index][0] for index in batch.indices]
-        rejected = [self._logps[index][1] for index in batch.indices]
-        return torch.cat(chosen + rejected).to(batch.target_ids.device)
+        return [self._cache.lookup(batch) for batch in batches]
 
 
-def pair_logps(batch: Batch, policy: Float[Tensor, " M"], ref: Float[Tensor, " M"] | None) -> PairLogps:
-    """Adds token log-probabilities of a batch of pairs up to the record that losses consume."""
-    num_pairs = len(batch.indices)
+@torch.no_grad()
+def mean_kl(policy: Policy, reference: Reference | None, batches: Sequence[Batch]) -> Float[Tensor, ""]:
+    """The mean log-ratio of mismatched completions, at least 0: KTO's estimate of KL(policy || reference), in nats.
 
-    def halves(values: Tensor) -> tuple[Tensor, Tensor]:
-        chosen, rejected = values.split(num_pairs)
-        return chosen, rejected
+    Raises:
+        ValueError: there is no reference or no batch.
+    """
+    if reference is None or not batches:
+        raise ValueError("an estimate of the KL divergence needs a reference and mismatched completions")
+    batches = [batch.to(policy.device) for batch in batches]
+    ratios = [
+        batch.sum_by_sequence(policy.token_logps(batch).logps - ref)
+        for batch, ref in zip(batches, reference.token_logps(batches), strict=True)
+    ]
+    return torch.cat(ratios).mean().clamp(min=0)
 
-    policy_chosen, policy_rejected = halves(batch.sum_by_sequence(policy))
-    ref_chosen, ref_rejected = (None, None) if ref is None else halves(batch.sum_by_sequence(ref))
-    chosen_lengths, rejected_lengths = halves(batch.lengths)
-    return PairLogps(policy_chosen, policy_rejected, ref_chosen, ref_rejected, chosen_lengths, rejected_lengths)
+
+def _keys(example: TokenizedExample) -> Iterator[bytes]:
+    """A name for each completion that depends on its and its prompt's ids alone."""
+    prompt = np.asarray(example.prompt_ids, dtype=np.int64)
+    for completion in example.completion_ids:
+        content = np.concatenate([[len(prompt)], prompt, np.asarray(completion, dtype=np.int64)])
+        yield hashlib.blake2b(content.tobytes(), digest_size=16).digest()

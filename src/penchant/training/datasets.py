@@ -1,23 +1,25 @@
-"""From files to tokenised pairs, with an account of every row that fell away."""
+"""From files to tokenised examples, with an account of every row that fell away."""
 
 from __future__ import annotations
 
 import hashlib
 from collections import Counter
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 
 from penchant.config import RunConfig
-from penchant.data.chat import TOKEN_CHECKS, TokenizedData, tokenize_pairs
-from penchant.data.formats import CHECKS, PairData, RowProblem, pairs_from_rows, read_pairs
+from penchant.data.chat import TOKEN_CHECKS, TokenizedData, tokenize_examples
+from penchant.data.formats import CHECKS, ExampleData, RowProblem, examples_from_rows, read_examples
+from penchant.data.units import UNIT_CHECKS, Unit, as_unit
 from penchant.errors import UserError
+from penchant.losses import Loss
 from penchant.training.logger import RunLog
-from penchant.types import Pair, Text
+from penchant.types import Example, Pair, Ranking, Text, Unpaired
 
-_TOO_LONG = {"T01", "T04", "T05"}
+_SOUND = {"T01", "T04", "T05", "U01", "U02"}
 """Codes of rows that are sound and only do not fit: they do not count against max_bad_rows."""
 
 Rows = str | Iterable[Mapping[str, Any]]
@@ -25,66 +27,119 @@ Rows = str | Iterable[Mapping[str, Any]]
 
 @dataclass(frozen=True)
 class Datasets:
-    """Training and held-out pairs of a run; `findings` is the account of both, as `data.json` keeps it."""
+    """Training and held-out examples of a run; `findings` is the account of both, as `data.json` keeps it."""
 
     train: TokenizedData
     heldout: TokenizedData
     findings: dict[str, Any]
 
 
-def read_rows(data: Rows, name: str) -> PairData:
-    """The pairs of a file, or of rows in memory."""
-    return read_pairs(data) if isinstance(data, str) else pairs_from_rows(data, name)
+def read_data(data: Rows, name: str) -> ExampleData:
+    """The examples of a file, or of rows in memory."""
+    return read_examples(data) if isinstance(data, str) else examples_from_rows(data, name)
 
 
-def refuse_bad_rows(data: PairData, limit: float) -> None:
+def refuse_bad_rows(data: ExampleData, limit: float) -> None:
     """Stops where more than `limit` of the rows cannot be used.
 
     Raises:
         UserError: naming the first bad rows.
     """
     _refuse(data.problems, data.num_rows, limit)
-    if not data.pairs:
-        raise UserError("data: no usable pair is left.\n" + _examples(data.problems))
+    if not data.examples:
+        raise UserError("data: no usable row is left.\n" + _examples(data.problems))
+
+
+def split_heldout(
+    config: RunConfig, train: ExampleData, heldout: ExampleData | None
+) -> tuple[ExampleData, ExampleData]:
+    """Training and held-out examples; without a held-out file some prompts are split off."""
+    return (train, heldout) if heldout is not None else _split_by_prompt(train, config.eval_size, config.seed)
+
+
+def unit_for(loss: Loss, examples: Sequence[Example]) -> Unit:
+    """What the examples must be for this loss; one that takes pairs and single completions takes them as they come."""
+    wanted = [unit for unit in loss.units if unit == "unpaired"] if any_of(examples, Unpaired) else list(loss.units)
+    return (wanted or list(loss.units))[0]  # type: ignore[return-value]
+
+
+def any_of(examples: Sequence[Example], kind: type) -> bool:
+    """Whether one of the examples is of this kind."""
+    return any(isinstance(example, kind) for example in examples)
+
+
+def fit_to_loss(config: RunConfig, loss: Loss, data: ExampleData, is_heldout: bool) -> ExampleData:
+    """The examples in the unit that the loss takes; those that cannot be are among the problems.
+
+    Held-out pairs stay pairs for a loss over single completions too: they tell more.
+
+    Raises:
+        UserError: the loss needs a column that a row does not have.
+    """
+    unit = unit_for(loss, data.examples)
+    if is_heldout and unit == "unpaired" and not any_of(data.examples, Unpaired):
+        unit = "pair"
+    examples, problems = as_unit(data.examples, unit, config.pairs_from_rankings)
+    if "labels" in loss.needs:
+        problems += [_unlabelled(example) for example in examples if _lacks_label(example)]
+        examples = [example for example in examples if not _lacks_label(example)]
+    for column in ("margin", "win_probabilities"):
+        if {"margin": "margins"}.get(column, column) in loss.needs:
+            for example in examples:
+                if getattr(example, column) is None:
+                    raise UserError(
+                        f"data: the loss '{loss.name}' needs {column} for every pair; {example.source} has none."
+                    )
+    return ExampleData(examples, [*data.problems, *problems], data.families)
+
+
+def refuse_idle_data_options(config: RunConfig, loss: Loss, examples: Sequence[Example]) -> None:
+    """Stops where an option about rows has nothing to act on.
+
+    Raises:
+        UserError: naming the option.
+    """
+    if config.pairs_from_rankings != "best_worst" and (not any_of(examples, Ranking) or "pair" not in loss.units):
+        why = "there are no rankings in the data" if "pair" in loss.units else f"'{loss.name}' takes no pairs"
+        raise UserError(f"pairs_from_rankings: has no effect: {why}.")
 
 
 def tokenize_datasets(
-    config: RunConfig, train: PairData, heldout: PairData | None, tokenizer: Any, log: RunLog
+    config: RunConfig, train: ExampleData, heldout: ExampleData, tokenizer: Any, log: RunLog
 ) -> Datasets:
-    """Tokenised training and held-out pairs; without a held-out file some prompts are split off.
+    """Tokenised training and held-out examples.
 
     Raises:
         UserError: too many rows cannot be used, or none is left.
     """
-    held_out_file = heldout is not None
-    if heldout is None:
-        train, heldout = _split_by_prompt(train, config.eval_size, config.seed)
     tokenized = []
     first_index = 0
     for data in (train, heldout):
-        with log.progress("tokenizing", len(data.pairs)) as meter:
+        with log.progress("tokenizing", len(data.examples)) as meter:
             tokenized.append(
-                tokenize_pairs(data.pairs, tokenizer, config.max_length, config.truncation, first_index, meter.advance)
+                tokenize_examples(
+                    data.examples, tokenizer, config.max_length, config.truncation, first_index, meter.advance
+                )
             )
-        first_index += len(data.pairs)
-        bad = [problem for problem in tokenized[-1].problems if problem.code not in _TOO_LONG]
-        _refuse([*data.problems, *bad], max(1, data.num_rows), config.max_bad_rows)
-    if not tokenized[0].pairs:
-        raise UserError("data: no pair is left to train on.\n" + _examples(tokenized[0].problems))
+        first_index += len(data.examples)
+        problems = [*data.problems, *tokenized[-1].problems]
+        _refuse([problem for problem in problems if problem.code not in _SOUND], data.num_rows, config.max_bad_rows)
+    if not tokenized[0].examples:
+        raise UserError("data: no row is left to train on.\n" + _examples([*train.problems, *tokenized[0].problems]))
     findings = {
         "train": _findings(config.data, train, tokenized[0]),
-        "eval": _findings(config.eval_data if held_out_file else config.data, heldout, tokenized[1])
-        if tokenized[1].pairs
-        else None,
+        "eval": _findings(config.eval_data or config.data, heldout, tokenized[1]) if tokenized[1].examples else None,
     }
     return Datasets(tokenized[0], tokenized[1], findings)
 
 
 def fingerprint(data: TokenizedData) -> str:
-    """sha256 over the token ids of the pairs, in order."""
+    """sha256 over the token ids of the examples, in order, and what the data say of them."""
     digest = hashlib.sha256()
-    for pair in data.pairs:
-        digest.update(repr((list(pair.prompt_ids), list(pair.chosen_ids), list(pair.rejected_ids))).encode())
+    for example in data.examples:
+        ids = [list(example.prompt_ids), *map(list, example.completion_ids)]
+        said = (example.weight, example.margin, example.win_probabilities, example.is_desirable)
+        digest.update(repr((ids, said)).encode())
     return digest.hexdigest()
 
 
@@ -97,14 +152,23 @@ def plain_text(text: Text) -> str:
     return "\n\n".join(f"{message['role']}: {message['content']}" for message in text)
 
 
-def _split_by_prompt(data: PairData, size: float, seed: int) -> tuple[PairData, PairData]:
-    """Splits off about `size` pairs (a share below 1); pairs with the same prompt stay together."""
-    wanted = int(size * len(data.pairs)) if size < 1 else int(size)
-    groups: dict[str, list[Pair]] = {}
-    for pair in data.pairs:
-        groups.setdefault(repr(pair.prompt), []).append(pair)
-    if wanted >= len(data.pairs):
-        raise UserError(f"eval_size: {wanted} of {len(data.pairs)} pairs held out would leave none to train on.")
+def _lacks_label(example: Example) -> bool:
+    return isinstance(example, Unpaired) and example.is_desirable is None
+
+
+def _unlabelled(example: Example) -> RowProblem:
+    return RowProblem("D13", example.source, "the completion has no label; add label: true or false, or train with sft")
+
+
+def _split_by_prompt(data: ExampleData, size: float, seed: int) -> tuple[ExampleData, ExampleData]:
+    """Splits off about `size` examples (a share below 1); those with the same prompt stay together."""
+    examples = data.examples
+    wanted = int(size * len(examples)) if size < 1 else int(size)
+    groups: dict[str, list[Example]] = {}
+    for example in examples:
+        groups.setdefault(repr(example.prompt), []).append(example)
+    if wanted >= len(examples):
+        raise UserError(f"eval_size: {wanted} of {len(examples)} rows held out would leave none to train on.")
     held: set[str] = set()
     num_held = 0
     names = list(groups)
@@ -112,38 +176,46 @@ def _split_by_prompt(data: PairData, size: float, seed: int) -> tuple[PairData, 
         if num_held + len(groups[names[place]]) <= wanted:
             held.add(names[place])
             num_held += len(groups[names[place]])
-    train = [pair for pair in data.pairs if repr(pair.prompt) not in held]
-    heldout = [pair for pair in data.pairs if repr(pair.prompt) in held]
-    return PairData(train, data.problems, data.families), PairData(heldout, [], data.families)
+    train = [example for example in examples if repr(example.prompt) not in held]
+    heldout = [example for example in examples if repr(example.prompt) in held]
+    return ExampleData(train, data.problems, data.families), ExampleData(heldout, [], data.families)
 
 
-def _findings(path: Any, data: PairData, tokenized: TokenizedData) -> dict[str, Any]:
+def _findings(path: Any, data: ExampleData, tokenized: TokenizedData) -> dict[str, Any]:
     problems = [*data.problems, *tokenized.problems]
-    reasons = CHECKS | TOKEN_CHECKS
-    lengths = {
-        "prompt": [len(pair.prompt_ids) for pair in tokenized.pairs],
-        "chosen": [len(pair.chosen_ids) for pair in tokenized.pairs],
-        "rejected": [len(pair.rejected_ids) for pair in tokenized.pairs],
-    }
-    longer_wins = [np.sign(len(pair.chosen_ids) - len(pair.rejected_ids)) / 2 + 0.5 for pair in tokenized.pairs]
+    reasons = CHECKS | TOKEN_CHECKS | UNIT_CHECKS
+    examples = tokenized.examples
+    kinds = {Pair: "pair", Unpaired: "completion", Ranking: "ranking"}
+    unit = kinds[type(next(iter(tokenized.texts.values())))] if examples else "pair"
+    lengths = {"prompt": [len(example.prompt_ids) for example in examples]}
+    names = {"pair": ("chosen", "rejected"), "ranking": ("best", "worst")}
+    if unit == "completion":
+        for name, wanted in (("desirable", True), ("undesirable", False), ("completion", None)):
+            lengths[name] = [len(e.completion_ids[0]) for e in examples if e.is_desirable is wanted]
+    else:
+        for name, place in zip(names[unit], (0, -1), strict=True):
+            lengths[name] = [len(example.completion_ids[place]) for example in examples]
+    longer = [
+        np.sign(len(e.completion_ids[0]) - len(e.completion_ids[-1])) / 2 + 0.5
+        for e in examples
+        if unit != "completion"
+    ]
     return {
         "path": path if isinstance(path, str) else "rows in memory",
-        "rows": len(data.pairs) + len(data.problems),
+        "unit": unit,
+        "rows": data.num_rows,
         "families": dict(data.families),
-        "used": len(tokenized.pairs),
+        "used": len(examples),
         "truncated": tokenized.num_truncated,
         "dropped": dict(Counter(f"{problem.code}: {reasons[problem.code]}" for problem in problems)),
         "examples": [str(problem) for problem in problems[:20]],
         "lengths": {
-            name: {
-                "mean": float(np.mean(values)),
-                "median": float(np.median(values)),
-                "max": int(np.max(values)),
-            }
+            name: {"mean": float(np.mean(values)), "median": float(np.median(values)), "max": int(np.max(values))}
             for name, values in lengths.items()
             if values
         },
-        "longer_wins": float(np.mean(longer_wins)) if longer_wins else None,
+        "desirable": sum(e.is_desirable is True for e in examples) if unit == "completion" else None,
+        "longer_wins": float(np.mean(longer)) if longer else None,
         "sha256": fingerprint(tokenized),
     }
 

@@ -1,4 +1,4 @@
-"""What a run will take, from one pair of it: time by the clock, memory by counting."""
+"""What a run will take, from one example of it: time by the clock, memory by counting."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from penchant.scoring.layout import Layout
 from penchant.scoring.policy import Policy
 from penchant.training.hardware import peak_memory_bytes
 from penchant.training.step import trainable_parameters
-from penchant.types import TokenizedPair
+from penchant.types import TokenizedExample
 
 
 @dataclass(frozen=True)
@@ -25,20 +25,20 @@ class Estimate:
 def estimate_run(
     policy: Policy,
     layout: Layout,
-    pairs: list[TokenizedPair],
+    examples: list[TokenizedExample],
     tokens_to_learn: float,
     tokens_to_score: float,
     largest_microbatch: int,
     has_reference_copy: bool,
 ) -> Estimate:
-    """Runs one typical pair forward and extrapolates.
+    """Runs one typical example forward and extrapolates.
 
     Args:
         tokens_to_learn: tokens, filling included, that go forward and backward in the whole run.
         tokens_to_score: tokens that only go forward (reference, evaluation).
         largest_microbatch: tokens of the largest microbatch: its activations make the peak.
     """
-    typical = sorted(pairs, key=lambda pair: pair.num_tokens)[len(pairs) // 2]
+    typical = sorted(examples, key=lambda example: example.num_tokens)[len(examples) // 2]
     batch = layout.collate([typical]).to(policy.device)
     num_tokens = layout.cost([typical])
     kept: dict[int, int] = {}

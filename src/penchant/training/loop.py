@@ -13,9 +13,9 @@ from pathlib import Path
 
 import torch
 
-from penchant.data import loader
+from penchant.data.loader import Draw
 from penchant.errors import UserError
-from penchant.evaluate.pairs import PairEvaluation, evaluate_pairs
+from penchant.evaluate.heldout import Evaluation, evaluate
 from penchant.models.load import save_model
 from penchant.scoring.metrics import Means
 from penchant.scoring.policy import Policy
@@ -25,7 +25,6 @@ from penchant.training.optim import make_optimizer, set_rate
 from penchant.training.schedule import eval_interval, learning_rate_at
 from penchant.training.setup import Setup
 from penchant.training.step import train_step
-from penchant.types import Batch
 
 _KEPT_CHECKPOINTS = 2
 _MOST_BAD_STEPS_IN_A_ROW = 3
@@ -43,55 +42,54 @@ class Fit:
     """What the loop did."""
 
     steps: int = 0
-    pairs_seen: int = 0
+    examples_seen: int = 0
     tokens_seen: int = 0
     train_s: float = 0.0
     interrupted: bool = False
-    evaluations: list[PairEvaluation] = field(default_factory=list)
+    evaluations: list[Evaluation] = field(default_factory=list)
 
 
 def fit(setup: Setup, reference: Reference | None, log: RunLog, run_dir: Path, keep: Callable[..., None]) -> Fit:
     """Trains the policy in place and evaluates it before, meanwhile and after.
 
-    `keep(steps=..., pairs_seen=...)` is called whenever metrics are written.
+    `keep(steps=..., examples_seen=...)` is called whenever metrics are written.
 
     Raises:
         UserError: three steps in a row were not finite, or a microbatch does not fit into memory.
     """
     config, policy = setup.config, setup.policy
-    train_pairs, heldout_pairs = setup.datasets.train.pairs, setup.datasets.heldout.pairs
-    total, per_epoch = setup.steps, loader.steps_per_epoch(len(train_pairs), config.batch_size)
-    optimizer = make_optimizer(policy.model, config.weight_decay)
+    total, heldout = setup.steps, setup.datasets.heldout.examples
+    optimizer = make_optimizer(policy.model, config)
     done = Fit()
     started = time.monotonic()
 
     def record(values: dict[str, float | None]) -> None:
-        stamp = {"step": done.steps, "epoch": round(done.steps / per_epoch, 4)}
+        stamp = {"step": done.steps, "epoch": round(done.steps / setup.steps_per_epoch, 4)}
         log.metrics({**stamp, "time_s": round(time.monotonic() - started, 3), **values})
 
-    def evaluate() -> None:
-        if not heldout_pairs:
+    def look_at_heldout() -> None:
+        if not heldout:
             return
-        with log.progress("held out", len(heldout_pairs)) as meter:
-            batches = setup.layout.batches(heldout_pairs, 2 * setup.max_tokens)
-            evaluation = evaluate_pairs(policy, reference, setup.loss, batches, meter.advance)
+        with log.progress("held out", len(heldout)) as meter:
+            batches = setup.batches_to_score(heldout)
+            kl_batches = setup.batches_to_score(setup.heldout_mismatched)
+            evaluation = evaluate(policy, reference, setup.loss, batches, meter.advance, kl_batches)
         done.evaluations.append(evaluation)
         record({f"eval_{name}": value for name, value in evaluation.metrics.items()})
         log.say("held out", f"step {done.steps}: {one_line(evaluation.metrics)}")
 
-    evaluate()
+    look_at_heldout()
     policy.model.train()
     window, bad_steps = _Window(), 0
     with _stop_on_signals() as stop, log.progress("training", total, stays=True) as meter:
-        for batch in loader.batches(train_pairs, config.batch_size, config.seed):
+        for draw in setup.draws():
             step_started = time.monotonic()
             rate = learning_rate_at(done.steps + 1, total, config)
             set_rate(optimizer, rate)
-            parts = list(setup.layout.batches(batch, setup.max_tokens))
-            is_finite = _guarded_step(setup, reference, parts, optimizer, window.means)
+            is_finite = _guarded_step(setup, reference, draw, optimizer, window.means)
             done.steps += 1
-            done.pairs_seen += len(batch)
-            window.add(sum(pair.num_scored_tokens for pair in batch), time.monotonic() - step_started)
+            done.examples_seen += len(draw.examples)
+            window.add(sum(example.num_scored_tokens for example in draw.examples), time.monotonic() - step_started)
 
             bad_steps = 0 if is_finite else bad_steps + 1
             if bad_steps:
@@ -105,7 +103,7 @@ def fit(setup: Setup, reference: Reference | None, log: RunLog, run_dir: Path, k
                 info = one_line(values)
                 done.tokens_seen += window.tokens
                 done.train_s += window.seconds
-                keep(steps=done.steps, pairs_seen=done.pairs_seen)
+                keep(steps=done.steps, examples_seen=done.examples_seen)
                 window = _Window()
             meter.advance(1, info)
             if is_last:
@@ -113,7 +111,7 @@ def fit(setup: Setup, reference: Reference | None, log: RunLog, run_dir: Path, k
             if config.save_steps and done.steps % config.save_steps == 0:
                 save_checkpoint(policy, run_dir, done.steps)
             if done.steps % eval_interval(config, total) == 0:
-                evaluate()
+                look_at_heldout()
     policy.model.eval()
     done.interrupted = done.steps < total
     if done.interrupted:
@@ -121,7 +119,7 @@ def fit(setup: Setup, reference: Reference | None, log: RunLog, run_dir: Path, k
         message = f"stopped at step {done.steps} of {total}; the weights are in {folder}"
         log.event("warn", "interrupted", message, done.steps)
     else:
-        evaluate()
+        look_at_heldout()
     return done
 
 
@@ -152,10 +150,12 @@ def save_checkpoint(policy: Policy, run_dir: Path, step: int) -> Path:
 
 
 def _guarded_step(
-    setup: Setup, reference: Reference | None, parts: list[Batch], optimizer: torch.optim.Optimizer, means: Means
+    setup: Setup, reference: Reference | None, draw: Draw, optimizer: torch.optim.Optimizer, means: Means
 ) -> bool:
+    parts, kl_parts = setup.batches(draw.examples), setup.batches_to_score(draw.mismatched)
     try:
-        return train_step(setup.policy, reference, setup.loss, parts, optimizer, setup.config.max_grad_norm, means)
+        max_grad_norm = setup.config.max_grad_norm
+        return train_step(setup.policy, reference, setup.loss, parts, optimizer, max_grad_norm, means, kl_parts)
     except torch.OutOfMemoryError:
         largest = max(part.model_inputs["input_ids"].numel() for part in parts)
         raise UserError(

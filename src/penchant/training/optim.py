@@ -5,17 +5,24 @@ from __future__ import annotations
 import torch
 from torch import nn
 
+from penchant.config import RunConfig
 from penchant.training.step import trainable_parameters
 
 
-def make_optimizer(model: nn.Module, weight_decay: float) -> torch.optim.AdamW:
-    """AdamW (Loshchilov & Hutter 2019, arXiv:1711.05101), weight decay on matrices only; set its rate by `set_rate`."""
+def make_optimizer(model: nn.Module, config: RunConfig) -> torch.optim.Optimizer:
+    """AdamW (Loshchilov & Hutter 2019, arXiv:1711.05101) or RMSprop; set its rate by `set_rate`.
+
+    Weight decay is decoupled from the gradient in AdamW, part of it in RMSprop, and on matrices only in both.
+    """
     parameters = trainable_parameters(model)
     groups = [
-        {"params": [p for p in parameters if p.ndim >= 2], "weight_decay": weight_decay},
+        {"params": [p for p in parameters if p.ndim >= 2], "weight_decay": config.weight_decay},
         {"params": [p for p in parameters if p.ndim < 2], "weight_decay": 0.0},
     ]
-    return torch.optim.AdamW([group for group in groups if group["params"]], lr=0.0, fused=True)
+    groups = [group for group in groups if group["params"]]
+    if config.optimizer == "rmsprop":
+        return torch.optim.RMSprop(groups, lr=0.0)
+    return torch.optim.AdamW(groups, lr=0.0, betas=(config.adam_beta1, config.adam_beta2), fused=True)
 
 
 def set_rate(optimizer: torch.optim.Optimizer, learning_rate: float) -> None:

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import dataclasses
 import inspect
-import math
 import platform
 import time
 from collections.abc import Callable, Mapping
@@ -15,9 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from penchant.config import RunConfig, config_from
-from penchant.data import loader
-from penchant.evaluate.pairs import evaluate_pairs
-from penchant.losses import PairLoss
+from penchant.losses import Loss
 from penchant.models.load import save_model
 from penchant.report import write_model_card, write_report
 from penchant.scoring.policy import Policy
@@ -25,8 +21,9 @@ from penchant.scoring.reference import Reference
 from penchant.training import hardware
 from penchant.training.datasets import Rows, plain_text
 from penchant.training.identity import check_identity
+from penchant.training.judgements import write_judgements
 from penchant.training.logger import RunLog, count
-from penchant.training.loop import Fit, fit
+from penchant.training.loop import fit
 from penchant.training.rundir import (
     check_run_dir,
     choose_run_dir,
@@ -36,7 +33,8 @@ from penchant.training.rundir import (
     write_text,
 )
 from penchant.training.setup import Setup, expected_cost, layout_sentence, make_reference, num_parameters, set_up
-from penchant.types import Pair
+from penchant.training.shared import Shared
+from penchant.types import Example, TokenizedExample
 
 
 @dataclass(frozen=True)
@@ -51,7 +49,7 @@ def train(
     model: str | Policy,
     data: Rows,
     eval_data: Rows | None = None,
-    loss: PairLoss | str | Mapping[str, Any] | None = None,
+    loss: Loss | str | Mapping[str, Any] | None = None,
     overwrite: bool = False,
     quiet: bool = False,
     **settings: Any,
@@ -73,8 +71,8 @@ def train(
     settings = {"model": _name_of(model), "data": _name_of(data), **settings}
     if eval_data is not None:
         settings["eval_data"] = _name_of(eval_data)
-    if isinstance(loss, PairLoss):
-        settings["loss"] = _settings_of(loss)
+    if isinstance(loss, Loss):
+        settings["loss"] = loss.settings()
     elif loss is not None:
         settings["loss"] = {"name": loss} if isinstance(loss, str) else dict(loss)
     policy = model if isinstance(model, Policy) else None
@@ -88,6 +86,7 @@ def execute(
     policy: Policy | None = None,
     overwrite: bool = False,
     log: RunLog | None = None,
+    shared: Shared | None = None,
 ) -> RunResult:
     """The run that `config` describes; data and policy in hand stand in for the files it names.
 
@@ -97,14 +96,12 @@ def execute(
     log = log or RunLog()
     run_dir = choose_run_dir(config)
     check_run_dir(run_dir, overwrite)
-    setup = set_up(config, log, data, eval_data, policy)
+    setup = set_up(config, log, data, eval_data, policy, shared)
     open_run_dir(run_dir, overwrite)
     log.keep_in(run_dir)
     write_text(
         run_dir / "run.yaml",
-        config.to_yaml(
-            output_dir=str(run_dir), loss=_settings_of(setup.loss), learning_rate=config.peak_learning_rate()
-        ),
+        config.to_yaml(output_dir=str(run_dir), loss=setup.loss.settings(), learning_rate=config.peak_learning_rate()),
     )
     write_json(run_dir / "data.json", setup.datasets.findings)
     summary = _first_summary(setup)
@@ -137,13 +134,10 @@ def dry_run(config: RunConfig, log: RunLog | None = None, num_rows: int = 2) -> 
     log = log or RunLog()
     setup = set_up(config, log)
     tokenizer = setup.policy.tokenizer
-    rows = [
-        {
-            name: tokenizer.decode(ids)
-            for name, ids in (("prompt", row.prompt_ids), ("chosen", row.chosen_ids), ("rejected", row.rejected_ids))
-        }
-        for row in setup.datasets.train.pairs[:num_rows]
-    ]
+    rows = []
+    for example in setup.datasets.train.examples[:num_rows]:
+        completions = zip(_completion_names(example), example.completion_ids, strict=True)
+        rows.append({name: tokenizer.decode(ids) for name, ids in [("prompt", example.prompt_ids), *completions]})
     for row in rows:
         for name, text in row.items():
             log.say(name, repr(text))
@@ -169,14 +163,19 @@ def _work(setup: Setup, log: RunLog, run_dir: Path, keep: Callable[..., None]) -
         _check_identity(setup, reference, log)
     done = fit(setup, reference, log, run_dir, keep)
     keep(tokens_per_s=round(done.tokens_seen / done.train_s, 1))
-    _write_pairs(setup, reference, done, run_dir)
+    write_judgements(setup, reference, done, run_dir)
     if done.interrupted:
         keep(status="interrupted")
         return
     after = _answers(setup, prompts, log, "after")
     samples = [
-        {"prompt": plain_text(pair.prompt), "before": old, "after": new, "chosen": plain_text(pair.chosen)}
-        for pair, old, new in zip(prompts, before, after, strict=True)
+        {
+            "prompt": plain_text(example.prompt),
+            "before": old,
+            "after": new,
+            "chosen": plain_text(example.completions[0]),
+        }
+        for example, old, new in zip(prompts, before, after, strict=True)
     ]
     write_json_lines(run_dir / "samples.jsonl", samples)
     save_model(policy.model, policy.tokenizer, run_dir / "model")
@@ -186,51 +185,32 @@ def _work(setup: Setup, log: RunLog, run_dir: Path, keep: Callable[..., None]) -
 
 
 def _check_identity(setup: Setup, reference: Reference, log: RunLog) -> None:
-    """Holds policy and reference against each other on a part of the first step's pairs."""
-    first = next(loader.batches(setup.datasets.train.pairs, setup.config.batch_size, setup.config.seed))
-    parts = setup.layout.parts(first, setup.max_tokens)[-2:]
-    found, expected = check_identity(setup.policy, reference, setup.loss, map(setup.layout.collate, parts))
+    """Holds policy and reference against each other on a part of the first step's examples."""
+    draw = next(setup.draws())
+    parts, kl_parts = setup.batches(draw.examples)[-2:], setup.batches_to_score(draw.mismatched)[-2:]
+    found, expected = check_identity(setup.policy, reference, setup.loss, parts, kl_parts)
     message = f"loss before the first step {found:.6f}, at policy = reference {expected:.6f}"
     log.event("info", "identity", message, step=0)
 
 
-def _sample_prompts(setup: Setup) -> list[Pair]:
-    source = setup.datasets.heldout if setup.datasets.heldout.pairs else setup.datasets.train
-    return [source.texts[pair.index] for pair in source.pairs[: setup.config.num_samples]]
+def _completion_names(example: TokenizedExample) -> list[str]:
+    if len(example.completion_ids) == 1:
+        return [{True: "desirable", False: "undesirable", None: "completion"}[example.is_desirable]]
+    if len(example.completion_ids) == 2:
+        return ["chosen", "rejected"]
+    return [f"rank {place}" for place in range(1, len(example.completion_ids) + 1)]
 
 
-def _answers(setup: Setup, prompts: list[Pair], log: RunLog, when: str) -> list[str]:
+def _sample_prompts(setup: Setup) -> list[Example]:
+    source = setup.datasets.heldout if setup.datasets.heldout.examples else setup.datasets.train
+    return [source.texts[example.index] for example in source.examples[: setup.config.num_samples]]
+
+
+def _answers(setup: Setup, prompts: list[Example], log: RunLog, when: str) -> list[str]:
     if not prompts:
         return []
     log.say("samples", f"answering {count(len(prompts), 'prompt')} {when} training")
-    return setup.policy.generate([pair.prompt for pair in prompts], setup.config.sample_max_new_tokens)
-
-
-def _write_pairs(setup: Setup, reference: Reference | None, done: Fit, run_dir: Path) -> None:
-    """Keeps each pair's rewards after training: of the held-out pairs or, without any, of some training pairs."""
-    datasets = setup.datasets
-    if done.evaluations:
-        split, data, rewards = "eval", datasets.heldout, done.evaluations[-1].rewards
-    else:
-        split, data = "train", datasets.train
-        batches = setup.layout.batches(setup.visited_pairs()[:256], 2 * setup.max_tokens)
-        rewards = evaluate_pairs(setup.policy, reference, setup.loss, batches, lambda _: None).rewards
-    lengths = {pair.index: (len(pair.chosen_ids), len(pair.rejected_ids)) for pair in data.pairs}
-    records = [
-        {
-            "split": split,
-            "source": data.texts[index].source,
-            "prompt": plain_text(data.texts[index].prompt),
-            "chosen": plain_text(data.texts[index].chosen),
-            "rejected": plain_text(data.texts[index].rejected),
-            "chosen_reward": chosen if math.isfinite(chosen) else None,
-            "rejected_reward": rejected if math.isfinite(rejected) else None,
-            "chosen_length": lengths[index][0],
-            "rejected_length": lengths[index][1],
-        }
-        for index, (chosen, rejected) in sorted(rewards.items())
-    ]
-    write_json_lines(run_dir / "pairs.jsonl", records)
+    return setup.policy.generate([example.prompt for example in prompts], setup.config.sample_max_new_tokens)
 
 
 def _first_summary(setup: Setup) -> dict[str, Any]:
@@ -240,7 +220,7 @@ def _first_summary(setup: Setup) -> dict[str, Any]:
         "status": "running",
         "started": datetime.now(UTC).isoformat(timespec="seconds"),
         "method": config.method,
-        "loss": _settings_of(setup.loss),
+        "loss": setup.loss.settings(),
         "loss_doc": inspect.cleandoc(setup.loss.__doc__ or ""),
         "model": config.model,
         "model_sha256": setup.base_sha256,
@@ -253,17 +233,12 @@ def _first_summary(setup: Setup) -> dict[str, Any]:
         "num_parameters": num_parameters(policy.model)[1],
         "num_trainable": num_parameters(policy.model)[0],
         "steps": 0,
-        "pairs_seen": 0,
+        "examples_seen": 0,
         "versions": {
             "python": platform.python_version(),
             **{package: version(package) for package in packages},
         },
     }
-
-
-def _settings_of(loss: PairLoss) -> dict[str, Any]:
-    """A loss as a run file describes it."""
-    return {"name": loss.name, **dataclasses.asdict(loss)}
 
 
 def _name_of(source: Any) -> str:

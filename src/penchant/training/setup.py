@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -13,9 +15,9 @@ from torch import nn
 from penchant.config import ReferenceConfig, RunConfig
 from penchant.data import loader
 from penchant.data.chat import PLAIN_CHAT_TEMPLATE
-from penchant.data.formats import PairData
+from penchant.data.formats import ExampleData
 from penchant.errors import UserError
-from penchant.losses import PairLoss, build_loss
+from penchant.losses import Loss, build_loss
 from penchant.models.adapters import add_lora
 from penchant.models.load import weights_sha256
 from penchant.models.logps import builds_full_logits
@@ -23,12 +25,21 @@ from penchant.scoring.layout import Layout, choose_layout, trouble_with_sharing
 from penchant.scoring.policy import Policy
 from penchant.scoring.reference import AdapterOff, FrozenModel, Precomputed, Reference
 from penchant.training import hardware
-from penchant.training.datasets import Datasets, Rows, read_rows, refuse_bad_rows, tokenize_datasets
+from penchant.training.datasets import (
+    Datasets,
+    Rows,
+    fit_to_loss,
+    refuse_bad_rows,
+    refuse_idle_data_options,
+    split_heldout,
+    tokenize_datasets,
+)
 from penchant.training.estimate import Estimate, estimate_run
 from penchant.training.logger import RunLog, count, duration
 from penchant.training.schedule import eval_interval, num_steps
+from penchant.training.shared import Shared
 from penchant.training.step import trainable_parameters
-from penchant.types import TokenizedPair
+from penchant.types import Batch, TokenizedExample
 
 
 @dataclass(frozen=True)
@@ -36,7 +47,7 @@ class Setup:
     """Everything that a run needs before its first pass over the data."""
 
     config: RunConfig
-    loss: PairLoss
+    loss: Loss
     policy: Policy
     datasets: Datasets
     layout: Layout
@@ -44,27 +55,51 @@ class Setup:
     """Tokens computed at once in training; passes without gradient hold no activations and take twice as many."""
     base_sha256: str
     """Hash of the weights that the policy begins from."""
+    shared: Shared
+    heldout_mismatched: list[TokenizedExample]
+    """The held-out prompts with completions of others, where the loss needs the KL divergence."""
 
     @property
     def steps(self) -> int:
         """Optimizer steps of the whole run."""
-        return num_steps(self.config, len(self.datasets.train.pairs))
+        return num_steps(self.config, len(self.datasets.train.examples))
+
+    @property
+    def steps_per_epoch(self) -> int:
+        """Optimizer steps that visit every training example once."""
+        return loader.steps_per_epoch(len(self.datasets.train.examples), self.config.batch_size)
 
     @property
     def reference_kind(self) -> str:
         """The kind of reference with `auto` resolved; `none` where the loss needs none."""
-        if not self.loss.needs_reference:
+        if "reference" not in self.loss.needs:
             return "none"
         if self.config.reference.kind != "auto":
             return self.config.reference.kind
         return "adapter_off" if self.config.lora.rank and not self.config.reference.model else "precomputed"
 
-    def visited_pairs(self) -> list[TokenizedPair]:
-        """The training pairs that the run's steps will see, each once; with few steps not all of them."""
-        pairs, batch_size = self.datasets.train.pairs, self.config.batch_size
-        steps = min(self.steps, loader.steps_per_epoch(len(pairs), batch_size))
-        order = loader.batches(pairs, batch_size, self.config.seed)
-        return [pair for _ in range(steps) for pair in next(order)]
+    def draws(self) -> Iterator[loader.Draw]:
+        """The optimizer batches of the run, without end."""
+        within = self.config.max_length if "kl" in self.loss.needs else None
+        return loader.draws(
+            self.datasets.train.examples, self.config.batch_size, self.config.seed, mismatch_within=within
+        )
+
+    def batches(self, examples: Sequence[TokenizedExample]) -> list[Batch]:
+        """Microbatches to learn from."""
+        return list(self.layout.batches(examples, self.max_tokens, "prompts" in self.loss.needs))
+
+    def batches_to_score(self, examples: Sequence[TokenizedExample]) -> list[Batch]:
+        """Batches for a pass without gradient."""
+        return list(self.layout.batches(examples, 2 * self.max_tokens, "prompts" in self.loss.needs))
+
+    def visited(self) -> tuple[list[TokenizedExample], list[TokenizedExample]]:
+        """The training examples that the run's steps will see, each once, and the mismatched ones of all steps."""
+        drawn = list(
+            islice(self.draws(), self.steps if "kl" in self.loss.needs else min(self.steps, self.steps_per_epoch))
+        )
+        examples = [example for draw in drawn[: self.steps_per_epoch] for example in draw.examples]
+        return examples, [example for draw in drawn for example in draw.mismatched]
 
 
 def set_up(
@@ -73,17 +108,23 @@ def set_up(
     data: Rows | None = None,
     eval_data: Rows | None = None,
     policy: Policy | None = None,
+    shared: Shared | None = None,
 ) -> Setup:
     """Reads data and model, says what was found, and refuses what cannot work before anything is written."""
     _refuse_several_processes()
+    shared = shared or Shared()
     loss = build_loss(config.loss_settings())
     _refuse_idle_options(config, loss)
-    train_rows = read_rows(data if data is not None else config.data, "data")
-    refuse_bad_rows(train_rows, config.max_bad_rows)
+    rows = shared.rows(data if data is not None else config.data, "data")
+    refuse_bad_rows(rows, config.max_bad_rows)
+    refuse_idle_data_options(config, loss, rows.examples)
     heldout_rows = None
     if eval_data is not None or config.eval_data:
-        heldout_rows = read_rows(eval_data if eval_data is not None else str(config.eval_data), "eval_data")
+        heldout_rows = shared.rows(eval_data if eval_data is not None else str(config.eval_data), "eval_data")
         refuse_bad_rows(heldout_rows, config.max_bad_rows)
+    train_rows, heldout_rows = split_heldout(config, rows, heldout_rows)
+    train_rows = fit_to_loss(config, loss, train_rows, is_heldout=False)
+    heldout_rows = fit_to_loss(config, loss, heldout_rows, is_heldout=True)
 
     torch.manual_seed(config.seed)
     if policy is not None:
@@ -94,10 +135,19 @@ def set_up(
         note = " (converted on first use, which takes a minute)" if config.model.endswith(".gguf") else ""
         log.say("model", f"loading {config.model}{note}")
         policy = Policy.from_pretrained(config.model, device, precision)
-    _choose_template(policy.tokenizer, config, train_rows, log)
-    datasets = tokenize_datasets(config, train_rows, heldout_rows, policy.tokenizer, log)
+    _choose_template(policy.tokenizer, config, rows, log)
+    tokenizer = policy.tokenizer
+
+    def tokenized() -> Datasets:
+        return tokenize_datasets(config, train_rows, heldout_rows, tokenizer, log)
+
+    datasets = (
+        tokenized()
+        if data is not None or eval_data is not None
+        else shared.datasets(_tokenization(config, loss), tokenized)
+    )
     base_sha256 = weights_sha256(policy.model)
-    layout = choose_layout(policy, config.layout, datasets.train.pairs)
+    layout = choose_layout(policy, config.layout, datasets.train.examples)
     if config.lora.rank:
         adapted = add_lora(
             policy.model,
@@ -114,6 +164,8 @@ def set_up(
         layout=layout,
         max_tokens=config.microbatch_tokens or hardware.default_microbatch_tokens(policy.device),
         base_sha256=base_sha256,
+        shared=shared,
+        heldout_mismatched=_heldout_mismatched(config, loss, datasets),
     )
     describe(setup, log)
     return setup
@@ -127,41 +179,47 @@ def make_reference(setup: Setup, log: RunLog) -> Reference | None:
         return None
     if kind == "adapter_off":
         return AdapterOff(policy)
-    source = policy
+    source, source_sha256 = policy, setup.base_sha256
     if config.reference.model:
         source = Policy.from_pretrained(config.reference.model, policy.device, policy.precision)
+        source_sha256 = weights_sha256(source.model)
         _refuse_other_tokenizer(policy, source, config.reference.model)
         if setup.layout.name == "prefix_shared" and (
-            trouble := trouble_with_sharing(source, setup.datasets.train.pairs)
+            trouble := trouble_with_sharing(source, setup.datasets.train.examples)
         ):
             raise UserError(f"reference.model: does not fit the layout prefix_shared: {trouble}; set layout: padded.")
     if kind == "copy":
         return FrozenModel.copy_of(policy, config.reference.offload)
     if kind == "model":
         return FrozenModel(source, is_start_of_policy=False, offload=config.reference.offload)
-    pairs = [*setup.visited_pairs(), *setup.datasets.heldout.pairs]
-    with log.progress("reference", len(pairs)) as meter:
-        batches = setup.layout.batches(pairs, 2 * setup.max_tokens)
-        return Precomputed.from_batches(source, batches, source is policy, meter.advance)
+    cache = setup.shared.logps((source_sha256, source.precision, source.device.type))
+    visited, mismatched = setup.visited()
+    examples = cache.missing([*visited, *mismatched, *setup.datasets.heldout.examples, *setup.heldout_mismatched])
+    with log.progress("reference", len(examples)) as meter:
+        cache.fill(source, setup.layout.batches(examples, 2 * setup.max_tokens), meter.advance)
+    return Precomputed(cache, is_start_of_policy=source is policy)
 
 
 def expected_cost(setup: Setup) -> Estimate:
     """Time and memory that the run will take."""
     config, layout = setup.config, setup.layout
-    train_pairs, heldout_pairs = setup.datasets.train.pairs, setup.datasets.heldout.pairs
-    order = loader.batches(train_pairs, config.batch_size, config.seed)
+    train_examples, heldout_examples = setup.datasets.train.examples, setup.datasets.heldout.examples
     looked_at = min(setup.steps, 50)  # a run may be long; its batches resemble each other
-    parts = [part for _ in range(looked_at) for part in layout.parts(next(order), setup.max_tokens)]
+    drawn = list(islice(setup.draws(), looked_at))
+    parts = [part for draw in drawn for part in layout.parts(draw.examples, setup.max_tokens)]
     learned = sum(map(layout.cost, parts)) / looked_at * setup.steps
-    heldout = sum(map(layout.cost, layout.parts(heldout_pairs, 2 * setup.max_tokens)))
-    scored = float(heldout * (2 + (setup.steps - 1) // eval_interval(config, setup.steps)))
+    mismatched = sum(layout.cost([e]) for draw in drawn for e in draw.mismatched) / looked_at * setup.steps
+    heldout = sum(map(layout.cost, layout.parts(heldout_examples, 2 * setup.max_tokens)))
+    heldout += sum(layout.cost([example]) for example in setup.heldout_mismatched)
+    scored = float(heldout * (2 + (setup.steps - 1) // eval_interval(config, setup.steps))) + mismatched
     if setup.reference_kind == "precomputed":
-        epochs = setup.steps / loader.steps_per_epoch(len(train_pairs), config.batch_size)
-        scored += heldout + learned / max(1.0, epochs)
+        scored += heldout + mismatched + learned / max(1.0, setup.steps / setup.steps_per_epoch)
     elif setup.reference_kind != "none":
         scored += scored + learned
+    if "whole_batch" in setup.loss.needs and len(parts) > len(drawn):
+        scored += learned  # the first of the two passes
     has_copy = setup.reference_kind in ("copy", "model")
-    return estimate_run(setup.policy, layout, train_pairs, learned, scored, max(map(layout.cost, parts)), has_copy)
+    return estimate_run(setup.policy, layout, train_examples, learned, scored, max(map(layout.cost, parts)), has_copy)
 
 
 def describe(setup: Setup, log: RunLog) -> None:
@@ -181,10 +239,10 @@ def describe(setup: Setup, log: RunLog) -> None:
     log.say("method", f"{config.method}: {setup.loss}")
     log.say("layout", layout_sentence(setup))
     cost = expected_cost(setup)
-    pairs = min(config.batch_size, len(setup.datasets.train.pairs))
+    examples, unit = min(config.batch_size, len(setup.datasets.train.examples)), findings["train"]["unit"]
     log.say(
         "plan",
-        f"{count(setup.steps, 'step')} of {count(pairs, 'pair')} at learning rate {config.peak_learning_rate():g}; "
+        f"{count(setup.steps, 'step')} of {count(examples, unit)} at learning rate {config.peak_learning_rate():g}; "
         f"about {duration(cost.seconds)} and {cost.memory_bytes / 2**30:.1f} GiB expected",
     )
 
@@ -216,10 +274,16 @@ def _data_sentence(data: dict[str, Any]) -> str:
     reasons = "; ".join(f"{rows} {reason}" for reason, rows in data["dropped"].items())
     lengths = ", ".join(f"{name} {v['mean']:.0f}" for name, v in data["lengths"].items())
     return (
-        f"{count(data['used'], 'pair')} from {short_path(data['path'])} ({families})"
+        f"{count(data['used'], data['unit'])} from {short_path(data['path'])} ({families})"
         + (f"; {dropped} left out ({reasons})" if dropped else "")
         + (f"; {data['truncated']} cut at max_length" if data["truncated"] else "")
-        + f"; mean tokens: {lengths}; the longer answer is the chosen one in {data['longer_wins']:.1%}"
+        + f"; mean tokens: {lengths}"
+        + (f"; {data['desirable']} desirable" if data["desirable"] is not None else "")
+        + (
+            f"; the longer answer is the better one in {data['longer_wins']:.1%}"
+            if data["longer_wins"] is not None
+            else ""
+        )
     )
 
 
@@ -237,8 +301,35 @@ def _refuse_several_processes() -> None:
         raise UserError("this version trains in one process; start it without torchrun")
 
 
-def _refuse_idle_options(config: RunConfig, loss: PairLoss) -> None:
-    if not loss.needs_reference and config.reference != ReferenceConfig():
+def _tokenization(config: RunConfig, loss: Loss) -> tuple[Any, ...]:
+    """The settings that tokenised examples depend on."""
+    keys = (
+        "model",
+        "data",
+        "eval_data",
+        "eval_size",
+        "seed",
+        "max_length",
+        "truncation",
+        "chat_template",
+        "max_bad_rows",
+    )
+    return (*(getattr(config, key) for key in keys), config.pairs_from_rankings, loss.units, "labels" in loss.needs)
+
+
+def _heldout_mismatched(config: RunConfig, loss: Loss, datasets: Datasets) -> list[TokenizedExample]:
+    if "kl" not in loss.needs:
+        return []
+    heldout, train = datasets.heldout.examples, datasets.train.examples
+    try:
+        # Behind the held-out examples stand the training ones, should all held-out prompts be the same.
+        return loader.mismatched([*heldout, *train], config.max_length)[: len(heldout)]
+    except ValueError as error:
+        raise UserError(f"data: the loss '{loss.name}' estimates a KL divergence: {error}.") from None
+
+
+def _refuse_idle_options(config: RunConfig, loss: Loss) -> None:
+    if "reference" not in loss.needs and config.reference != ReferenceConfig():
         raise UserError(f"reference: the loss '{loss.name}' uses no reference, so its settings have no effect.")
 
 
@@ -249,14 +340,14 @@ def _refuse_other_tokenizer(policy: Policy, other: Policy, name: str) -> None:
         )
 
 
-def _choose_template(tokenizer: Any, config: RunConfig, rows: PairData, log: RunLog) -> None:
+def _choose_template(tokenizer: Any, config: RunConfig, rows: ExampleData, log: RunLog) -> None:
     """The template of the run file, else the tokenizer's own, else (for messages) a plain one, which is announced."""
     if config.chat_template:
         try:
             tokenizer.chat_template = Path(config.chat_template).read_text(encoding="utf-8")
         except (OSError, UnicodeDecodeError) as error:
             raise UserError(f"chat_template: '{config.chat_template}' cannot be read: {error}") from None
-    elif tokenizer.chat_template is None and any(not isinstance(pair.prompt, str) for pair in rows.pairs):
+    elif tokenizer.chat_template is None and any(not isinstance(example.prompt, str) for example in rows.examples):
         tokenizer.chat_template = PLAIN_CHAT_TEMPLATE
         message = (
             "the data are messages and the tokenizer has no chat template: turns are written out as 'Human:' and "

@@ -5,33 +5,37 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import torch
-from torch import nn
+from jaxtyping import Float
+from torch import Tensor, nn
 
-from penchant.losses import PairLoss
+from penchant.losses import Loss
 from penchant.scoring.metrics import Means, observe
 from penchant.scoring.policy import Policy
-from penchant.scoring.reference import Reference, pair_logps
-from penchant.types import Batch
+from penchant.scoring.records import logps_for, weights_of
+from penchant.scoring.reference import Reference, mean_kl
+from penchant.types import Batch, TokenLogps
 
 
 def train_step(
     policy: Policy,
     reference: Reference | None,
-    loss: PairLoss,
+    loss: Loss,
     batches: Sequence[Batch],
     optimizer: torch.optim.Optimizer,
     max_grad_norm: float,
     means: Means,
+    kl_batches: Sequence[Batch] = (),
 ) -> bool:
     """Accumulates the gradient over the microbatches of one optimizer batch and takes the step.
 
-    The loss is the sum over pairs divided by the number of pairs of the whole batch, so the gradient does not depend
-    on how the batch was cut. Takes what was seen into `means`.
+    The loss is the weighted sum over examples divided by the weights of the whole batch, so the gradient does not
+    depend on how the batch was cut. Takes what was seen into `means`. `kl_batches` are the mismatched completions of a
+    loss that needs the KL divergence.
 
     Returns:
         False where the loss or the gradient was not finite: then the weights are as they were.
     """
-    accumulate_gradient(policy, reference, loss, batches, means)
+    accumulate_gradient(policy, reference, loss, batches, means, kl_batches)
     grad_norm = nn.utils.clip_grad_norm_(trainable_parameters(policy.model), max_grad_norm)
     means.add("grad_norm", grad_norm.reshape(1))
     is_finite = bool(torch.isfinite(grad_norm))
@@ -42,18 +46,48 @@ def train_step(
 
 
 def accumulate_gradient(
-    policy: Policy, reference: Reference | None, loss: PairLoss, batches: Sequence[Batch], means: Means
+    policy: Policy,
+    reference: Reference | None,
+    loss: Loss,
+    batches: Sequence[Batch],
+    means: Means,
+    kl_batches: Sequence[Batch] = (),
 ) -> None:
-    """Adds the gradient of the mean loss over all pairs of the microbatches to the policy's parameters."""
-    num_pairs = sum(len(batch.indices) for batch in batches)
+    """Adds the gradient of the mean loss over all examples of the microbatches to the policy's parameters."""
     batches = [batch.to(policy.device) for batch in batches]
-    ref_logps = reference.token_logps(batches) if reference is not None else [None] * len(batches)
-    for batch, batch_ref_logps in zip(batches, ref_logps, strict=True):
-        policy_logps = policy.token_logps(batch, with_entropies=True)
-        logps = pair_logps(batch, policy_logps.logps, batch_ref_logps)
-        losses = loss(logps)
-        (losses.sum() / num_pairs).backward()
-        observe(means, loss, logps, losses, policy_logps, batch_ref_logps)
+    whole = Batch.join(batches)
+    refs = reference.token_logps(batches) if reference is not None else [None] * len(batches)
+    whole_ref = None if reference is None else torch.cat(refs)  # type: ignore[arg-type]
+    kl = mean_kl(policy, reference, kl_batches) if "kl" in loss.needs else None
+    total_weight = weights_of(loss, whole).sum()
+    with_collisions = "collisions" in loss.needs
+
+    def mean_loss(batch: Batch, scored: TokenLogps, ref: Float[Tensor, " M"] | None) -> Float[Tensor, ""]:
+        losses = loss(logps_for(loss, batch, scored, ref, kl, whole.examples))
+        return (losses * weights_of(loss, batch)).sum() / total_weight
+
+    slopes: Sequence[Tensor | None] = [None] * len(batches)
+    if "whole_batch" in loss.needs and len(batches) > 1:
+        # No part of the batch knows its loss. So the gradient is first taken with respect to the log-probabilities of
+        # all tokens, from a pass without activations, and then carried through one microbatch at a time: exact.
+        with torch.no_grad():
+            first_pass = TokenLogps.join(
+                [policy.token_logps(batch, with_collisions=with_collisions) for batch in batches]
+            )
+        first_pass.logps.requires_grad_(True)
+        (slope,) = torch.autograd.grad(mean_loss(whole, first_pass, whole_ref), first_pass.logps)
+        slopes = slope.split([len(batch.target_ids) for batch in batches])
+    seen = []
+    for batch, ref, own_slope in zip(batches, refs, slopes, strict=True):
+        scored = policy.token_logps(batch, with_entropies=True, with_collisions=with_collisions)
+        if own_slope is None:
+            mean_loss(batch, scored, ref).backward()
+        else:
+            scored.logps.backward(own_slope)
+        seen.append(TokenLogps(scored.logps.detach(), scored.entropies, scored.log_collisions))
+    with torch.no_grad():
+        logps = logps_for(loss, whole, TokenLogps.join(seen), whole_ref, kl)
+        observe(means, loss, whole, logps, loss(logps), TokenLogps.join(seen), whole_ref)
 
 
 def trainable_parameters(model: nn.Module) -> list[nn.Parameter]:

@@ -1,0 +1,60 @@
+"""How a policy judges held-out examples."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+
+import torch
+
+from penchant.losses import Loss
+from penchant.scoring.metrics import Means, observe
+from penchant.scoring.policy import Policy
+from penchant.scoring.records import logps_for
+from penchant.scoring.reference import Reference, mean_kl
+from penchant.types import Batch, TokenLogps
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """Means over the examples, and the implicit rewards of each one's completions by its index."""
+
+    metrics: dict[str, float | None]
+    rewards: dict[int, tuple[float, ...]]
+
+
+@torch.no_grad()
+def evaluate(
+    policy: Policy,
+    reference: Reference | None,
+    loss: Loss,
+    batches: Iterable[Batch],
+    advance: Callable[[int], None],
+    kl_batches: Sequence[Batch] = (),
+) -> Evaluation:
+    """Scores examples, at least one, without learning from them; calls `advance(examples)` after each batch.
+
+    All of them are taken as one batch by losses that look at the whole of it.
+    """
+    seen: list[Batch] = []
+    scored: list[TokenLogps] = []
+    refs: list[torch.Tensor] = []
+    was_training = policy.model.training
+    policy.model.eval()
+    for batch in batches:
+        batch = batch.to(policy.device)
+        if reference is not None:
+            refs += reference.token_logps([batch])
+        scored.append(policy.token_logps(batch, with_entropies=True, with_collisions="collisions" in loss.needs))
+        seen.append(batch)
+        advance(len(batch.examples))
+    kl = mean_kl(policy, reference, kl_batches) if "kl" in loss.needs else None
+    policy.model.train(was_training)
+
+    whole, whole_scored = Batch.join(seen), TokenLogps.join(scored)
+    whole_ref = torch.cat(refs) if refs else None
+    logps = logps_for(loss, whole, whole_scored, whole_ref, kl)
+    means = Means()
+    rewards = iter(observe(means, loss, whole, logps, loss(logps), whole_scored, whole_ref).tolist())
+    by_index = {example.index: tuple(next(rewards) for _ in example.completion_ids) for example in whole.examples}
+    return Evaluation(means.means(), by_index)
