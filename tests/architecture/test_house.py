@@ -21,7 +21,7 @@ FLOORS = [
     {"types"},
     {"losses"},
     {"config"},
-    {"data", "layouts", "models", "report"},
+    {"data", "layouts", "models", "recipes", "report"},
     {"scoring"},
     {"evaluate", "algorithms"},
     {"training"},

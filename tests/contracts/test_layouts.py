@@ -2,19 +2,21 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
 import pytest
 import torch
 from torch import nn
 
-from penchant.layouts import padded
 from penchant.models.adapters import add_lora
 from penchant.models.logps import token_logps
 from penchant.scoring.layout import PADDED, PREFIX_SHARED, choose_layout, trouble_with_sharing
 from penchant.scoring.policy import Policy
-from penchant.scoring.reference import pair_logps
-from penchant.types import TokenizedPair
+from penchant.types import TokenizedExample
+
+from ..scoring.alone import scores_alone, sequences_of
 
 SIZES = {
     "vocab_size": 96,
@@ -64,11 +66,28 @@ def make_model(family: str, settings: dict[str, Any]) -> nn.Module:
     return model if "num_local_experts" in settings else model.double()  # grouped products know no float64
 
 
-def make_pairs(seed: int = 0) -> list[TokenizedPair]:
+BOTH = pytest.mark.parametrize("layout", [PADDED, PREFIX_SHARED], ids=lambda layout: layout.name)
+WITH_PROMPTS = pytest.mark.parametrize("with_prompts", [False, True], ids=["completions", "with prompts"])
+
+LENGTHS = {
+    "pairs": [(7, [4, 9]), (3, [6, 1]), (11, [2, 5])],
+    "singles": [(7, [4]), (1, [6]), (11, [1]), (2, [9])],
+    "triples": [(5, [4, 9, 2]), (2, [6, 1, 6]), (9, [3, 3, 8])],
+    "ragged": [(7, [4, 9]), (1, [6]), (11, [2, 5, 3, 7]), (3, [1, 8, 2])],
+}
+"""Tokens of each example's prompt and of its completions."""
+
+
+def make_examples(kind: str = "pairs", seed: int = 0) -> list[TokenizedExample]:
     generator = torch.Generator().manual_seed(seed)
-    lengths = [(7, 4, 9), (3, 6, 1), (11, 2, 5)]
-    rows = [[torch.randint(3, 96, (n,), generator=generator).tolist() for n in row] for row in lengths]
-    return [TokenizedPair(*row, index) for index, row in enumerate(rows)]  # type: ignore[arg-type]
+
+    def some(number: int) -> list[int]:
+        return torch.randint(3, 96, (number,), generator=generator).tolist()
+
+    return [
+        TokenizedExample(some(prompt), tuple(map(some, completions)), index)
+        for index, (prompt, completions) in enumerate(LENGTHS[kind])
+    ]
 
 
 def gradients(model: nn.Module, total: torch.Tensor) -> torch.Tensor:
@@ -80,6 +99,7 @@ def gradients(model: nn.Module, total: torch.Tensor) -> torch.Tensor:
 def assert_same_gradients(found: torch.Tensor, expected: torch.Tensor) -> None:
     """To 1e-5 of their norm: norms and rotary angles are computed in float32 even in a float64 model."""
     assert found.shape == expected.shape
+    assert expected.norm() > 0.1
     assert (found - expected).norm() <= 1e-5 * expected.norm()
 
 
@@ -87,99 +107,143 @@ def weighted_sum(logps: torch.Tensor) -> torch.Tensor:
     return (logps * torch.linspace(-1, 1, len(logps), dtype=logps.dtype)).sum()
 
 
-def by_sequence(model: nn.Module, pairs: list[TokenizedPair], layout: Any) -> torch.Tensor:
-    batch = layout.collate(pairs)
+def by_sequence(
+    model: nn.Module, examples: Sequence[TokenizedExample], layout: Any, with_prompts: bool = False
+) -> torch.Tensor:
+    batch = layout.collate(examples, with_prompts)
     return batch.sum_by_sequence(token_logps(model, batch).logps)
 
 
 @pytest.mark.parametrize("family", SHARING)
 def test_prefix_shared_equals_padded_in_values_and_gradients(family: str) -> None:
-    model, pairs = make_model(family, SHARING[family]), make_pairs()
-    expected = by_sequence(model, pairs, PADDED)
+    model, examples = make_model(family, SHARING[family]), make_examples()
+    expected = by_sequence(model, examples, PADDED)
     expected_gradients = gradients(model, weighted_sum(expected))
-    layout = choose_layout(Policy(model, None), "auto", pairs)
+    layout = choose_layout(Policy(model, None), "auto", examples)
     assert layout.name == "prefix_shared", layout.reason
-    found = by_sequence(model, pairs, PREFIX_SHARED)
+    found = by_sequence(model, examples, PREFIX_SHARED)
     tolerance = 1e-9 if found.dtype == torch.float64 else 2e-5
     torch.testing.assert_close(found, expected, rtol=tolerance, atol=tolerance)
     found_gradients = gradients(model, weighted_sum(found))
     assert_same_gradients(found_gradients, expected_gradients)
 
 
+@pytest.mark.parametrize("family", ["llama", "qwen3", "gemma3_text", "gpt2"])
+@pytest.mark.parametrize("kind", ["singles", "triples", "ragged"])
+@WITH_PROMPTS
+def test_both_layouts_give_the_token_logps_and_gradients_of_sequences_one_by_one(
+    family: str, kind: str, with_prompts: bool
+) -> None:
+    model, examples = make_model(family, SHARING[family]), make_examples(kind)
+    scores = scores_alone(model, examples, with_prompts)
+    expected = torch.cat(scores)
+    expected_gradients = gradients(model, weighted_sum(expected))
+    assert trouble_with_sharing(Policy(model, None), examples) is None
+    for layout in (PADDED, PREFIX_SHARED):
+        batch = layout.collate(examples, with_prompts)
+        found = token_logps(model, batch).logps
+        assert batch.lengths.tolist() == [len(each) for each in scores]
+        torch.testing.assert_close(found, expected, rtol=1e-6, atol=1e-6)
+        assert_same_gradients(gradients(model, weighted_sum(found)), expected_gradients)
+
+
 @pytest.mark.parametrize("family", NOT_SHARING)
 def test_a_model_that_cannot_share_prefixes_is_refused_and_left_as_it_was(family: str) -> None:
-    model, pairs = make_model(family, NOT_SHARING[family]), make_pairs()
-    expected = by_sequence(model, pairs, PADDED)
+    model, examples = make_model(family, NOT_SHARING[family]), make_examples()
+    expected = by_sequence(model, examples, PADDED)
     implementation = model.config._attn_implementation
-    layout = choose_layout(Policy(model, None), "auto", pairs)
+    layout = choose_layout(Policy(model, None), "auto", examples)
     assert layout.name == "padded"
     assert "not shared" in layout.reason
     assert model.config._attn_implementation == implementation
-    torch.testing.assert_close(by_sequence(model, pairs, PADDED), expected)
+    torch.testing.assert_close(by_sequence(model, examples, PADDED), expected)
+
+
+@pytest.mark.parametrize("kind", ["singles", "ragged"])
+def test_a_state_carried_from_token_to_token_is_found_out_in_every_unit(kind: str) -> None:
+    model = make_model("lfm2", NOT_SHARING["lfm2"])
+    assert "differ" in (trouble_with_sharing(Policy(model, None), make_examples(kind)) or "")
 
 
 def test_with_lora_values_and_gradients_are_the_same() -> None:
-    model, pairs = make_model("llama", {}), make_pairs()
+    model, examples = make_model("llama", {}), make_examples("ragged")
     adapted = add_lora(model, rank=2, alpha=4)
     for name, parameter in adapted.named_parameters():
         if "lora_B" in name:
             nn.init.normal_(parameter, std=0.5)
     adapted.double()
-    expected = by_sequence(adapted, pairs, PADDED)
+    expected = by_sequence(adapted, examples, PADDED)
     expected_gradients = gradients(adapted, weighted_sum(expected))
-    assert trouble_with_sharing(Policy(adapted, None), pairs) is None
-    found = by_sequence(adapted, pairs, PREFIX_SHARED)
+    assert trouble_with_sharing(Policy(adapted, None), examples) is None
+    found = by_sequence(adapted, examples, PREFIX_SHARED)
     torch.testing.assert_close(found, expected, rtol=1e-9, atol=1e-9)
     assert_same_gradients(gradients(adapted, weighted_sum(found)), expected_gradients)
 
 
-def test_no_token_of_one_completion_sees_the_other_nor_another_pair() -> None:
-    model, pairs = make_model("llama", {}), make_pairs()
-    assert trouble_with_sharing(Policy(model, None), pairs) is None
-    before = by_sequence(model, pairs, PREFIX_SHARED)
-    changed = [*pairs]
-    changed[1] = TokenizedPair(pairs[1].prompt_ids, [5, 6, 7, 8, 9, 10], pairs[1].rejected_ids, 1)
-    after = by_sequence(model, changed, PREFIX_SHARED)
-    moved = (after - before).abs() > 1e-12
-    assert moved.tolist() == [False, True, False, False, False, False]  # only the chosen sequence of pair 1
+@BOTH
+@pytest.mark.parametrize("kind", ["pairs", "triples", "ragged"])
+def test_no_token_of_one_completion_sees_another_one_nor_another_example(kind: str, layout: Any) -> None:
+    model, examples = make_model("llama", {}), make_examples(kind)
+    if layout is PREFIX_SHARED:
+        assert trouble_with_sharing(Policy(model, None), examples) is None
+    batch = layout.collate(examples)
+    before = token_logps(model, batch).logps
+    sequence = 0
+    for place, example in enumerate(examples):
+        for number, completion in enumerate(example.completion_ids):
+            # Every token becomes another one; the lengths stay.
+            others = [3 + (token + 1) % 90 for token in completion]
+            completions = (*example.completion_ids[:number], others, *example.completion_ids[number + 1 :])
+            changed = [*examples]
+            changed[place] = replace(example, completion_ids=completions)
+            moved = (token_logps(model, layout.collate(changed)).logps - before).abs() > 1e-12
+            assert moved.tolist() == (batch.sequence_ids == sequence).tolist()
+            sequence += 1
 
 
-def test_a_longer_prompt_is_seen_by_both_completions() -> None:
-    model, pairs = make_model("llama", {}), make_pairs()
-    assert trouble_with_sharing(Policy(model, None), pairs) is None
-    before = by_sequence(model, pairs, PREFIX_SHARED)
-    changed = [*pairs]
-    changed[2] = TokenizedPair([9, *pairs[2].prompt_ids[1:]], pairs[2].chosen_ids, pairs[2].rejected_ids, 2)
-    moved = (by_sequence(model, changed, PREFIX_SHARED) - before).abs() > 1e-12
-    assert moved.tolist() == [False, False, True, False, False, True]
+@BOTH
+def test_a_prompt_is_seen_by_all_its_completions_and_by_no_other(layout: Any) -> None:
+    model, examples = make_model("llama", {}), make_examples("triples")
+    if layout is PREFIX_SHARED:
+        assert trouble_with_sharing(Policy(model, None), examples) is None
+    before = by_sequence(model, examples, layout)
+    changed = [*examples]
+    changed[2] = replace(examples[2], prompt_ids=[9, *examples[2].prompt_ids[1:]])
+    moved = (by_sequence(model, changed, layout) - before).abs() > 1e-12
+    assert moved.tolist() == [False] * 6 + [True] * 3
 
 
-@pytest.mark.parametrize("layout", [PADDED, PREFIX_SHARED], ids=lambda layout: layout.name)
-def test_a_batch_leads_back_to_the_tokens_of_every_completion(layout: Any) -> None:
-    pairs = make_pairs()
-    batch = layout.collate(pairs)
+@BOTH
+def test_the_scores_of_a_prompt_do_not_see_its_completions(layout: Any) -> None:
+    model, examples = make_model("llama", {}), make_examples("ragged")
+    if layout is PREFIX_SHARED:
+        assert trouble_with_sharing(Policy(model, None), examples) is None
+    before = by_sequence(model, examples, layout, with_prompts=True)
+    changed = [
+        replace(example, completion_ids=tuple([3 + (t + 1) % 90 for t in ids] for ids in example.completion_ids))
+        for example in examples
+    ]
+    moved = (by_sequence(model, changed, layout, with_prompts=True) - before).abs() > 1e-12
+    assert moved.tolist() == layout.collate(examples, True).is_completion.tolist()
+
+
+@BOTH
+@pytest.mark.parametrize("kind", LENGTHS)
+@WITH_PROMPTS
+def test_a_batch_leads_back_to_the_tokens_of_every_sequence(layout: Any, kind: str, with_prompts: bool) -> None:
+    examples = make_examples(kind)
+    batch = layout.collate(examples, with_prompts)
+    sequences = sequences_of(examples, with_prompts)
     targets = [part.tolist() for part in batch.target_ids.split(batch.lengths.tolist())]
-    assert targets == [pair.chosen_ids for pair in pairs] + [pair.rejected_ids for pair in pairs]
+    assert targets == [tokens for _, tokens in sequences]
     inputs = batch.model_inputs["input_ids"].flatten()
-    for sequence, pair in enumerate([*pairs, *pairs]):
-        completion = pair.chosen_ids if sequence < len(pairs) else pair.rejected_ids
-        rows = batch.hidden_rows[batch.sequence_ids == sequence]
-        assert inputs[rows].tolist() == [pair.prompt_ids[-1], *completion[:-1]]
-    assert layout.cost(pairs) == inputs.numel()
+    for number, (context, tokens) in enumerate(sequences):
+        rows = batch.hidden_rows[batch.sequence_ids == number]
+        assert inputs[rows].tolist() == [context[-1], *tokens][: len(tokens)]
+    assert layout.cost(examples) == inputs.numel()
 
 
-@pytest.mark.parametrize("layout", [PADDED, PREFIX_SHARED], ids=lambda layout: layout.name)
+@BOTH
 def test_an_empty_prompt_is_refused(layout: Any) -> None:
     with pytest.raises(ValueError, match="empty prompt"):
-        layout.collate([TokenizedPair([], [3], [4], 0)])
-
-
-def test_pair_logps_do_not_depend_on_company() -> None:
-    model, pairs = make_model("llama", {}), make_pairs()
-    together = padded.collate(pairs)
-    logps = pair_logps(together, token_logps(model, together).logps, None)
-    for place, pair in enumerate(pairs):
-        alone = padded.collate([pair])
-        single = pair_logps(alone, token_logps(model, alone).logps, None)
-        torch.testing.assert_close(single.policy_chosen_logps[0], logps.policy_chosen_logps[place])
-        torch.testing.assert_close(single.policy_rejected_logps[0], logps.policy_rejected_logps[place])
+        layout.collate([TokenizedExample([], ([3], [4]), 0)])

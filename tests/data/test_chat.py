@@ -16,10 +16,10 @@ from penchant.data.chat import (
     TokenizedData,
     encode,
     render,
-    tokenize_pairs,
+    tokenize_examples,
 )
 from penchant.errors import UserError
-from penchant.types import Pair
+from penchant.types import Pair, Ranking, TokenizedExample, Unpaired
 
 ASK = [{"role": "user", "content": "what is one"}]
 CHATML_PROMPT = "<|im_start|>user\nwhat is one<|im_end|>\n<|im_start|>assistant\n"
@@ -196,10 +196,10 @@ def codes(data: TokenizedData) -> list[tuple[str, str]]:
 @pytest.mark.parametrize("truncation", ["truncate", "drop", "error"])
 def test_pair_that_just_fits_is_kept_whole(truncation: Any, tokenizer: Any) -> None:
     pair = check_lengths(tokenizer)
-    data = tokenize_pairs([pair], tokenizer, 9, truncation)
+    data = tokenize_examples([pair], tokenizer, 9, truncation)
     prompt_ids, (chosen_ids, rejected_ids) = encode(tokenizer, PROMPT, [CHOSEN, REJECTED])
-    (found,) = data.pairs
-    assert (found.prompt_ids, found.chosen_ids, found.rejected_ids) == (prompt_ids, chosen_ids, rejected_ids)
+    (found,) = data.examples
+    assert found == TokenizedExample(prompt_ids, (chosen_ids, rejected_ids), 0)
     assert found.num_tokens == 9
     assert (data.num_truncated, data.problems) == (0, [])
     assert data.texts == {0: pair}
@@ -209,42 +209,41 @@ def test_pair_that_just_fits_is_kept_whole(truncation: Any, tokenizer: Any) -> N
 def test_truncate_cuts_both_completions_at_the_same_place(
     max_length: int, lengths: tuple[int, int], tokenizer: Any
 ) -> None:
-    data = tokenize_pairs([check_lengths(tokenizer)], tokenizer, max_length)
+    data = tokenize_examples([check_lengths(tokenizer)], tokenizer, max_length)
     _, (chosen_ids, rejected_ids) = encode(tokenizer, PROMPT, [CHOSEN, REJECTED])
-    (found,) = data.pairs
-    assert found.chosen_ids == chosen_ids[: lengths[0]]
-    assert found.rejected_ids == rejected_ids[: lengths[1]]
+    (found,) = data.examples
+    assert found.completion_ids == (chosen_ids[: lengths[0]], rejected_ids[: lengths[1]])
     assert found.num_tokens == max_length
     assert data.num_truncated == 1
 
 
 def test_drop_leaves_out_a_pair_that_is_too_long(tokenizer: Any) -> None:
     pair = check_lengths(tokenizer)
-    data = tokenize_pairs([pair, Pair("one", "two", "three")], tokenizer, 8, "drop")
+    data = tokenize_examples([pair, Pair("one", "two", "three")], tokenizer, 8, "drop")
     assert codes(data) == [("T04", "data.jsonl:1")]
     assert "9 tokens and max_length is 8" in str(data.problems[0])
-    assert [found.index for found in data.pairs] == [1]
+    assert [found.index for found in data.examples] == [1]
     assert (data.num_truncated, list(data.texts)) == (0, [1])
 
 
 def test_error_stops_at_a_pair_that_is_too_long(tokenizer: Any) -> None:
     with pytest.raises(UserError, match=r"data\.jsonl:1: .*9 tokens and max_length is 8"):
-        tokenize_pairs([check_lengths(tokenizer)], tokenizer, 8, "error")
+        tokenize_examples([check_lengths(tokenizer)], tokenizer, 8, "error")
 
 
 @pytest.mark.parametrize("max_length", [3, 4])
 @pytest.mark.parametrize("truncation", ["truncate", "drop", "error"])
 def test_prompt_is_never_cut(max_length: int, truncation: Any, tokenizer: Any) -> None:
-    data = tokenize_pairs([check_lengths(tokenizer)], tokenizer, max_length, truncation)
+    data = tokenize_examples([check_lengths(tokenizer)], tokenizer, max_length, truncation)
     assert codes(data) == [("T01", "data.jsonl:1")]
-    assert data.pairs == []
+    assert data.examples == []
     assert data.texts == {}
 
 
 def test_pair_that_differs_only_beyond_the_limit_falls_away(tokenizer: Any) -> None:
-    data = tokenize_pairs([check_lengths(tokenizer)], tokenizer, 5)  # leaves " cat" of both
+    data = tokenize_examples([check_lengths(tokenizer)], tokenizer, 5)  # leaves " cat" of both
     assert codes(data) == [("T05", "data.jsonl:1")]
-    assert data.pairs == []
+    assert data.examples == []
     assert data.num_truncated == 0  # counted once, among the problems
 
 
@@ -257,11 +256,73 @@ def test_rows_that_cannot_be_rendered_are_listed_and_the_others_kept(own: Any) -
         Pair([{"role": "user", "content": content}], "yes", "no", source=f"data.jsonl:{line}")
         for line, content in enumerate(["dog", "tree", "cat", "mat"], start=1)
     ]
-    data = tokenize_pairs(pairs, own, 100, first_index=10)
+    data = tokenize_examples(pairs, own, 100, first_index=10)
     assert codes(data) == [("T02", "data.jsonl:1"), ("T03", "data.jsonl:3")]
-    assert [pair.index for pair in data.pairs] == [11, 13]
+    assert [example.index for example in data.examples] == [11, 13]
     assert data.texts == {11: pairs[1], 13: pairs[3]}
     assert {"T01", "T02", "T03", "T04", "T05"} <= set(TOKEN_CHECKS)
+
+
+# Every kind of example.
+
+
+def ids_of(tokenizer: Any, prompt: str, *completions: str) -> tuple[list[int], tuple[list[int], ...]]:
+    return plain_ids(tokenizer, prompt), tuple([*plain_ids(tokenizer, text), END] for text in completions)
+
+
+def test_what_the_data_say_of_an_example_goes_with_its_tokens(tokenizer: Any) -> None:
+    examples = [
+        Pair(PROMPT, "yes", "no", weight=2.5, margin=1.5, win_probabilities=(0.75, 0.5)),
+        Unpaired(PROMPT, "yes", True, weight=0.5),
+        Unpaired(PROMPT, "no", False),
+        Unpaired(PROMPT, "two", None),
+        Ranking(PROMPT, ("one", "two", "three"), weight=3.0, scores=(3.0, 2.0, 1.0)),
+    ]
+    data = tokenize_examples(examples, tokenizer, 100, first_index=4)
+    pair = ids_of(tokenizer, PROMPT, "yes", "no")
+    assert data.examples == [
+        TokenizedExample(*pair, 4, weight=2.5, margin=1.5, win_probabilities=(0.75, 0.5)),
+        TokenizedExample(pair[0], pair[1][:1], 5, weight=0.5, is_desirable=True),
+        TokenizedExample(pair[0], pair[1][1:], 6, is_desirable=False),
+        TokenizedExample(*ids_of(tokenizer, PROMPT, "two"), 7),
+        TokenizedExample(*ids_of(tokenizer, PROMPT, "one", "two", "three"), 8, weight=3.0),
+    ]
+    assert data.texts == dict(enumerate(examples, start=4))
+
+
+def test_one_completion_alone_is_cut_at_the_limit(tokenizer: Any) -> None:
+    _, (whole,) = encode(tokenizer, PROMPT, [CHOSEN])
+    _, (short,) = encode(tokenizer, PROMPT, [REJECTED])
+    data = tokenize_examples([Unpaired(PROMPT, CHOSEN, True), Unpaired(PROMPT, REJECTED, True)], tokenizer, 8)
+    assert [example.completion_ids for example in data.examples] == [(whole[:4],), (short,)]
+    assert data.num_truncated == 1
+
+
+@pytest.mark.parametrize("truncation", ["truncate", "drop"])
+def test_all_completions_of_a_ranking_share_one_limit(truncation: Any, tokenizer: Any) -> None:
+    texts = (REJECTED, " mat", CHOSEN)
+    data = tokenize_examples([Ranking(PROMPT, texts, "data.jsonl:1")], tokenizer, 8, truncation)
+    if truncation == "drop":
+        assert codes(data) == [("T04", "data.jsonl:1")]
+        assert "9 tokens and max_length is 8" in str(data.problems[0])
+        return
+    _, whole = encode(tokenizer, PROMPT, texts)
+    assert data.examples[0].completion_ids == tuple(ids[:4] for ids in whole)
+    assert [len(ids) for ids in data.examples[0].completion_ids] == [3, 2, 4]
+    assert data.num_truncated == 1
+
+
+def test_ranking_of_which_two_are_the_same_within_the_limit_falls_away(tokenizer: Any) -> None:
+    ranking = Ranking(PROMPT, (" mat tree", " cat dog mat", " cat dog tree"), "data.jsonl:1")
+    assert codes(tokenize_examples([ranking], tokenizer, 7)) == []
+    assert codes(tokenize_examples([ranking], tokenizer, 6)) == [("T05", "data.jsonl:1")]
+
+
+def test_progress_is_told_after_every_example(tokenizer: Any) -> None:
+    told: list[int] = []
+    examples = [Unpaired(PROMPT, "yes", True), check_lengths(tokenizer)]
+    tokenize_examples(examples, tokenizer, 8, "drop", advance=told.append)
+    assert told == [1, 1]
 
 
 def test_unnamed_end_of_turn_survives_saving(own: Any, tmp_path: Path) -> None:

@@ -134,7 +134,7 @@ def dpo_loss(batch: dict, loss_type: Any = "sigmoid", dtype: torch.dtype = torch
     inputs = {"input_ids": ids, "attention_mask": ids, "completion_mask": mask}
     loss = trainer._compute_loss(model, inputs, return_outputs=False).item()
     logged = {name: trainer._metrics["train"][f"rewards/{name}"][0] for name in (*sides, "accuracies")}
-    return {"loss": loss if math.isfinite(loss) else None, "logged": logged if math.isfinite(loss) else None}
+    return {"loss": loss if math.isfinite(loss) else None, "logged": logged}
 
 
 def with_logits(batch: dict) -> tuple[Model, dict[str, Tensor]]:
@@ -148,14 +148,13 @@ def with_logits(batch: dict) -> tuple[Model, dict[str, Tensor]]:
     logps = pad_sequence([torch.cat([row, row[:1]]) for row in rows], batch_first=True, padding_value=-1.0)
     logits = torch.stack([torch.log(-torch.expm1(logps)), logps], dim=-1)
     inputs = {}
-    for place, side in enumerate(sides):
+    for side in sides:
         num_prompt = torch.tensor(batch["prompt_lengths"])[:, None] + 1  # nothing predicts the first token
         num = num_prompt + torch.tensor(batch[f"{side}_lengths"])[:, None]
         places = torch.arange(int(num.max()))
         inputs[f"{side}_input_ids"] = torch.ones(len(num), len(places), dtype=torch.long)
         inputs[f"{side}_attention_mask"] = (places < num).long()
         inputs[f"{side}_labels"] = torch.where((places >= num_prompt) & (places < num), 1, -100)
-        assert logits[place * len(num) : (place + 1) * len(num)].shape[1] >= len(places)
 
     class LogitModel(Model):
         def forward(self, input_ids: Tensor, **_: Any) -> SimpleNamespace:
@@ -241,6 +240,7 @@ def make_values() -> dict[str, dict]:
             rows["ld_alpha 0.3, 0.1"] = {"ld_alpha": 0.3}
         values |= {f"dpo: {name}: {inputs}": dpo_loss(batch, **row) for name, row in rows.items()}
     for name, row in {
+        "sigmoid 0.1": {},
         "discopop 0.05, tau 0.05": {"loss_type": "discopop", "beta": 0.05},
         "forward_kl 0.1": {"f_divergence_type": "forward_kl"},
     }.items():

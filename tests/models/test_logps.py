@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from types import SimpleNamespace
 from typing import Any
@@ -11,11 +12,13 @@ import torch
 import transformers
 from torch import Tensor, nn
 
-from penchant.layouts.padded import collate_sequences
+from penchant.layouts.padded import collate
 from penchant.models import logps as module
 from penchant.models.adapters import add_lora
 from penchant.models.logps import builds_full_logits, token_logps
-from penchant.types import Batch
+from penchant.types import Batch, TokenizedExample
+
+from ..scoring.alone import log_probs_alone, logps_alone
 
 VOCAB = 61
 SEQUENCES = [  # ragged on both sides; one completion of a single token, one empty
@@ -80,28 +83,27 @@ def _float64_throughout(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(Tensor, "float", Tensor.double)
 
 
-def own_logits(model: nn.Module, ids: list[int]) -> Tensor:
-    output = model(torch.tensor([ids]))
-    return output if isinstance(output, Tensor) else output.logits
+def collate_sequences(sequences: list[tuple[list[int], list[int]]]) -> Batch:
+    return collate([TokenizedExample(prompt, (completion,), i) for i, (prompt, completion) in enumerate(sequences)])
 
 
 def expected_logps(model: nn.Module, sequences: list[tuple[list[int], list[int]]]) -> Tensor:
     """log pi(y_t | x, y_<t) of every completion token, from the full logits of each sequence by itself."""
-    found = []
-    for prompt, completion in sequences:
-        log_probs = torch.log_softmax(own_logits(model, [*prompt, *completion])[0], -1)
-        found += [log_probs[len(prompt) - 1 + t, token] for t, token in enumerate(completion)]
-    return torch.stack(found)
+    return torch.cat([logps_alone(model, prompt, completion) for prompt, completion in sequences])
+
+
+def expected_rows(model: nn.Module, sequences: list[tuple[list[int], list[int]]]) -> Tensor:
+    """The distributions that the completion tokens were drawn from, (M, V), from each sequence by itself."""
+    whole = [(len(prompt), log_probs_alone(model, [*prompt, *completion])) for prompt, completion in sequences]
+    return torch.cat([log_probs[start - 1 : -1] for start, log_probs in whole]).detach().exp()
 
 
 def expected_entropies(model: nn.Module, sequences: list[tuple[list[int], list[int]]]) -> Tensor:
-    found = []
-    for prompt, completion in sequences:
-        log_probs = torch.log_softmax(own_logits(model, [*prompt, *completion])[0], -1)
-        found += [
-            -(log_probs[row].exp() * log_probs[row]).sum() for row in range(len(prompt) - 1, log_probs.shape[0] - 1)
-        ]
-    return torch.stack(found)
+    return torch.stack([-(p * p.log()).sum() for p in expected_rows(model, sequences)])
+
+
+def expected_log_collisions(model: nn.Module, sequences: list[tuple[list[int], list[int]]]) -> Tensor:
+    return torch.stack([(p * p).sum().log() for p in expected_rows(model, sequences)])
 
 
 def gradients(model: nn.Module, logps: Tensor) -> dict[str, Tensor]:
@@ -158,12 +160,13 @@ def test_token_logps_and_gradients_of_an_adapted_model_are_those_of_its_own_logi
 @pytest.mark.usefixtures("_float64_throughout")
 def test_chunks_change_neither_values_nor_gradients(batch: Batch, monkeypatch: pytest.MonkeyPatch) -> None:
     model = make_model("gemma2")
-    whole = token_logps(model, batch, with_entropies=True)
+    whole = token_logps(model, batch, with_entropies=True, with_collisions=True)
     whole_gradients = gradients(model, whole.logps)
     monkeypatch.setitem(module.CHUNK_BYTES, "cpu", 3 * 4 * VOCAB)  # three rows at a time; 13 rows in all
-    in_chunks = token_logps(model, batch, with_entropies=True)
+    in_chunks = token_logps(model, batch, with_entropies=True, with_collisions=True)
     torch.testing.assert_close(in_chunks.logps, whole.logps, rtol=0, atol=1e-12)
     torch.testing.assert_close(in_chunks.entropies, whole.entropies, rtol=0, atol=1e-12)
+    torch.testing.assert_close(in_chunks.log_collisions, whole.log_collisions, rtol=0, atol=1e-12)
     for name, gradient in gradients(model, in_chunks.logps).items():
         torch.testing.assert_close(gradient, whole_gradients[name], rtol=0, atol=1e-12)
     assert_same_values_and_gradients(model, batch)
@@ -174,9 +177,40 @@ def test_chunks_change_neither_values_nor_gradients(batch: Batch, monkeypatch: p
 def test_entropies_are_the_sums_of_minus_p_log_p(family: str, batch: Batch) -> None:
     model = make_model(family)
     scored = token_logps(model, batch, with_entropies=True)
-    torch.testing.assert_close(scored.entropies, expected_entropies(model, SEQUENCES).detach(), rtol=0, atol=1e-9)
+    torch.testing.assert_close(scored.entropies, expected_entropies(model, SEQUENCES), rtol=0, atol=1e-9)
     assert not scored.entropies.requires_grad
     assert token_logps(model, batch).entropies is None
+
+
+@pytest.mark.usefixtures("_float64_throughout")
+@pytest.mark.parametrize("family", ["llama", "gemma2", "cohere"])
+@pytest.mark.parametrize("rows_per_chunk", [2, 100])
+def test_log_collisions_are_the_logs_of_the_sums_of_p_squared(
+    family: str, rows_per_chunk: int, batch: Batch, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = make_model(family)
+    monkeypatch.setitem(module.CHUNK_BYTES, "cpu", rows_per_chunk * 4 * VOCAB)
+    scored = token_logps(model, batch, with_collisions=True)
+    expected = expected_log_collisions(model, SEQUENCES)
+    torch.testing.assert_close(scored.log_collisions, expected, rtol=0, atol=1e-9)
+    assert expected.max() - expected.min() > 0.05  # rows differ, so they cannot have been mixed up
+    assert not scored.log_collisions.requires_grad
+    assert scored.entropies is None
+    assert token_logps(model, batch).log_collisions is None
+
+
+def test_log_collision_of_a_uniform_and_of_a_sure_distribution() -> None:
+    sure = torch.full((VOCAB,), -torch.inf).index_fill(0, torch.tensor([7]), 3.0)
+    logits = torch.stack([torch.zeros(VOCAB), sure, sure])
+
+    class Fixed(nn.Module):
+        def forward(self, tokens: Tensor) -> Tensor:
+            return logits[None, : tokens.shape[1]]
+
+    scored = token_logps(Fixed(), collate_sequences([([4], [9, 7])]), with_entropies=True, with_collisions=True)
+    assert scored.logps.tolist() == pytest.approx([-math.log(VOCAB), 0.0])
+    assert scored.log_collisions.tolist() == pytest.approx([-math.log(VOCAB), 0.0])
+    assert scored.entropies.tolist() == pytest.approx([math.log(VOCAB), 0.0])
 
 
 class AddsToItsLogits(transformers.LlamaForCausalLM):
@@ -195,7 +229,7 @@ def test_head_that_is_not_understood_is_asked_for_its_own_logits(batch: Batch) -
     assert_same_values_and_gradients(model, batch)
     assert builds_full_logits(model)
     entropies = token_logps(model, batch, with_entropies=True).entropies
-    torch.testing.assert_close(entropies, expected_entropies(model, SEQUENCES).detach(), rtol=0, atol=1e-9)
+    torch.testing.assert_close(entropies, expected_entropies(model, SEQUENCES), rtol=0, atol=1e-9)
 
 
 class Recurrent(nn.Module):
@@ -268,8 +302,9 @@ def tensor_sizes_over_the_vocabulary(model: nn.Module, batch: Batch) -> Iterator
 
 
 def test_batch_without_completion_tokens_has_no_logps() -> None:
-    scored = token_logps(make_model("llama"), collate_sequences([([3, 4], []), ([5], [])]), with_entropies=True)
-    assert scored.logps.shape == scored.entropies.shape == (0,)
+    empty = collate_sequences([([3, 4], []), ([5], [])])
+    scored = token_logps(make_model("llama"), empty, with_entropies=True, with_collisions=True)
+    assert scored.logps.shape == scored.entropies.shape == scored.log_collisions.shape == (0,)
 
 
 @pytest.mark.usefixtures("_float64_throughout")

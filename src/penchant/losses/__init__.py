@@ -11,7 +11,7 @@ from penchant.losses.base import (
     WeightedSum,
     preference_accuracy,
 )
-from penchant.losses.build import build_loss
+from penchant.losses.build import build_loss, field_help
 from penchant.losses.lengths import LengthDesensitizedDPOLoss, LengthNormalizedDPOLoss, LengthRegularizedDPOLoss
 from penchant.losses.pairwise import (
     AOTLoss,
@@ -68,5 +68,6 @@ __all__ = [
     "WPOLoss",
     "WeightedSum",
     "build_loss",
+    "field_help",
     "preference_accuracy",
 ]

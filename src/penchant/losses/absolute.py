@@ -20,7 +20,8 @@ from penchant.types import PairLogps
 class NCALoss(LogRatioLoss, name="nca"):
     """Noise contrastive alignment on pairs: -ls(r_w) - 1/2 ls(-r_w) - 1/2 ls(-r_l), r_y = beta r(y), ls = log sigmoid.
 
-    Chen et al. 2024 (arXiv:2402.05369), NCA with K = 2 and a hard preference. At policy = reference it is 2 log 2.
+    Chen et al. 2024 (arXiv:2402.05369), NCA on a pair with a hard preference, as in the authors' code. At policy =
+    reference it is 2 log 2.
     """
 
     beta: float = 0.1
@@ -38,9 +39,9 @@ class NCALoss(LogRatioLoss, name="nca"):
 class BCOPairLoss(LogRatioLoss, name="bco-pair"):
     """Binary classifier optimization on pairs: -log sigmoid(beta r(chosen) - d) - log sigmoid(d - beta r(rejected)).
 
-    The reward shift d is the mean of all rewards of the batch, without gradient: Jung et al. 2024 (arXiv:2404.04656),
-    who average it over steps; here it is that of the whole optimizer batch, so that a step depends on nothing but its
-    batch. At policy = reference it is 2 log 2.
+    Jung et al. 2024 (arXiv:2404.04656): Eq. 8 on pairs. The reward shift d is Eq. 7, the mean of the mean rewards of
+    both sides, without gradient. The paper keeps an exponential moving average of it; here it is that of the whole
+    optimizer batch, so that a step depends on nothing but its batch. At policy = reference it is 2 log 2.
     """
 
     beta: float = 0.1
@@ -79,8 +80,8 @@ class APOZeroLoss(LogRatioLoss, name="apo-zero"):
 class APODownLoss(LogRatioLoss, name="apo-down"):
     """Anchored preference optimization, down: sigmoid(beta r(chosen)) + 1 - sigmoid(beta h).
 
-    Eq. 8 of D'Oosterlinck et al. 2024 (arXiv:2408.06266): both sides down and rejected further, for pairs whose chosen
-    side is worse than what the model writes itself. At policy = reference it is 1.
+    Eq. 8 of D'Oosterlinck et al. 2024 (arXiv:2408.06266) plus 1, which keeps it positive: both sides down and rejected
+    further, for pairs whose chosen side is worse than what the model writes itself. At policy = reference it is 1.
     """
 
     beta: float = 0.1
@@ -98,10 +99,10 @@ class APODownLoss(LogRatioLoss, name="apo-down"):
 class SPPOLoss(PairLoss, name="sppo"):
     """Self-play preference optimization: 1/2 sum over both sides of (r(y) - eta (P(y) - 1/2))^2.
 
-    Eq. 4.7 of Wu et al. 2024 (arXiv:2405.00675) on a winner and a loser; P(y) is the chance that y beats the policy
-    which is the reference. Hard: P is 1 for chosen and 0 for rejected; `soft`: P comes with the data. The factor 1/2 is
-    that of the authors' code, whose beta is 1/eta. At policy = reference it is eta^2 mean of (P - 1/2)^2, hard
-    eta^2 / 4.
+    Eq. 4.7 of Wu et al. 2024 (arXiv:2405.00675), a mean over completions, on a winner and a loser: hence the factor
+    1/2, which the authors' code has too (its beta is 1/eta). P(y) is the chance that y beats the policy which is the
+    reference. `soft`: P comes with the data, as in the paper; hard: P is 1 for chosen and 0 for rejected. At policy =
+    reference it is eta^2 mean of (P - 1/2)^2, hard eta^2 / 4.
     """
 
     eta: float = 1000.0

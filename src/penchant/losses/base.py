@@ -127,10 +127,11 @@ class LogRatioLoss(PairLoss):
 class WeightedSum(Loss):
     """A weighted sum of losses over the same examples; the first term's rewards speak for it.
 
-    RPO, for one, is DPO plus a likelihood term on the chosen completion (Pang et al. 2024, arXiv:2404.19733).
+    RPO, for one, is DPO plus a likelihood term on the chosen completion (Eq. 1 of Pang et al. 2024, arXiv:2404.19733).
 
     Raises:
-        ValueError: the terms judge different things (pairs, unpaired completions, rankings), or there is none.
+        ValueError: the terms judge different things (pairs, unpaired completions, rankings), or there is none, or a
+            weight is below 0 or not finite.
     """
 
     terms: tuple[tuple[float, Loss], ...]
@@ -140,6 +141,8 @@ class WeightedSum(Loss):
     def __post_init__(self) -> None:
         if not self.terms:
             raise ValueError("terms: a weighted sum needs at least one")
+        for weight, loss in self.terms:
+            require_not_negative(f"{loss.name}.weight", weight)
         losses = [loss for _, loss in self.terms]
         units = tuple(unit for unit in losses[0].units if all(unit in loss.units for loss in losses))
         if not units:

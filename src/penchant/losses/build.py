@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import ast
 import dataclasses
+import inspect
+import textwrap
 import types
 from collections.abc import Mapping
 from typing import Any, get_args, get_type_hints
@@ -34,6 +37,20 @@ def build_loss(settings: Mapping[str, Any]) -> Loss:
         return WeightedSum(tuple(terms))
     except ValueError as error:
         raise UserError(f"loss.{error}") from None
+
+
+def field_help(loss: type[Loss]) -> dict[str, str]:
+    """The sentence below each field of a loss, its bases' fields included."""
+    found: dict[str, str] = {}
+    for cls in reversed(loss.__mro__):
+        if not (issubclass(cls, Loss) and dataclasses.is_dataclass(cls)):
+            continue
+        (tree,) = ast.parse(textwrap.dedent(inspect.getsource(cls))).body
+        assert isinstance(tree, ast.ClassDef)
+        for field, below in zip(tree.body, tree.body[1:], strict=False):
+            if isinstance(field, ast.AnnAssign) and isinstance(field.target, ast.Name) and isinstance(below, ast.Expr):
+                found[field.target.id] = " ".join(str(ast.literal_eval(below.value)).split())
+    return {field.name: found.get(field.name, "") for field in dataclasses.fields(loss)}
 
 
 def _build_one(settings: Mapping[str, Any], prefix: str) -> Loss:

@@ -44,8 +44,8 @@ class LengthNormalizedDPOLoss(PairLoss, name="ln-dpo"):
 class LengthRegularizedDPOLoss(LogRatioLoss, name="r-dpo"):
     """DPO with a price on length: -log sigmoid(beta h + alpha (|chosen| - |rejected|)).
 
-    Park et al. 2024 (arXiv:2403.19159). With a price alpha per token in the reward the optimal policy's reward is
-    beta (log pi - log pi_ref) + alpha |y|, which fixes the sign: where chosen is the longer one its length already
+    Eq. 9 of Park et al. 2024 (arXiv:2403.19159). With a price alpha per token in the reward the optimal policy's reward
+    is beta (log pi - log pi_ref) + alpha |y|, which fixes the sign: where chosen is the longer one its length already
     explains the choice and less is learned. At policy = reference it is -log sigmoid(alpha (|chosen| - |rejected|)).
     """
 

@@ -52,8 +52,8 @@ class DPOLoss(LogRatioLoss, name="dpo"):
 class RobustDPOLoss(LogRatioLoss, name="robust"):
     """Robust DPO: [-(1 - e) log sigmoid(beta h) + e log sigmoid(-beta h)] / (1 - 2e), e = `label_smoothing`.
 
-    Eq. 12 of Chowdhury et al. 2024 (arXiv:2403.00409): an unbiased estimate of DPO's loss on clean labels when a share
-    e of them is flipped. It is not bounded below. At policy = reference it is log 2.
+    Chowdhury et al. 2024 (arXiv:2403.00409): an unbiased estimate of DPO's loss on clean labels when a share e of them
+    is flipped. It is not bounded below. At policy = reference it is log 2.
     """
 
     beta: float = 0.1
@@ -126,9 +126,9 @@ class HingeLoss(LogRatioLoss, name="hinge"):
 class OffsetDPOLoss(LogRatioLoss, name="odpo"):
     """DPO with an offset: -log sigmoid(beta h - alpha m), m the data's margin of the pair.
 
-    Eq. 9 of Amini et al. 2024 (arXiv:2402.10571), where alpha m is alpha log(score(chosen) - score(rejected)): give
-    that logarithm, or any other measure of how much better chosen is, as the margin. At policy = reference it is
-    log(1 + exp(alpha m)).
+    Amini et al. 2024 (arXiv:2402.10571), whose offset is alpha f(score(chosen) - score(rejected)), f the logarithm in
+    their code: m is f of the difference, so give that, or any other measure of how much better chosen is, as the
+    margin. At policy = reference it is log(1 + exp(alpha m)).
     """
 
     beta: float = 0.1
@@ -174,7 +174,8 @@ class EXOLoss(LogRatioLoss, name="exo"):
     """Efficient Exact Optimization on pairs: KL((s(beta h), s(-beta h)) || (1 - e, e)), s the sigmoid.
 
     Eq. 16 of Ji et al. 2024 (arXiv:2402.00856): the reverse of the KL that DPO minimises, with labels smoothed by e so
-    that it is finite. At policy = reference it is -log 2 - (log(1 - e) + log e) / 2.
+    that it is finite. The authors' own repository takes 0 and -10 for log(1 - e) and log e instead. At policy =
+    reference it is -log 2 - (log(1 - e) + log e) / 2.
     """
 
     beta: float = 0.1
@@ -231,10 +232,10 @@ _MOST_EXPONENT = 40.0
 class FDivergenceDPOLoss(PairLoss, name="f-dpo"):
     """DPO anchored by another divergence: -log sigmoid(beta [f'(u_chosen) - f'(u_rejected)]), u = pi / pi_ref.
 
-    Eq. 6 of Wang et al. 2023 (arXiv:2309.16240). f'(u), up to constants that cancel: reverse_kl log u (plain DPO),
-    forward_kl -1/u, js log(2u / (1 + u)), alpha (1 - u^-a) / a with a in (0, 1). They are taken of whole sequences, of
-    which 1/u overflows within a few dozen nats: exponents are clamped at 40, beyond which the gradient is 0. At
-    policy = reference it is log 2.
+    Wang et al. 2023 (arXiv:2309.16240). f'(u), up to constants that cancel: reverse_kl log u (plain DPO), forward_kl
+    -1/u, js log(2u / (1 + u)), alpha (1 - u^-a) / a with a in (0, 1). They are taken of whole sequences, of which 1/u
+    overflows within a few dozen nats: unlike in the authors' code exponents are clamped at 40, beyond which the
+    gradient is 0. At policy = reference it is log 2.
     """
 
     beta: float = 0.1
@@ -277,9 +278,10 @@ class FDivergenceDPOLoss(PairLoss, name="f-dpo"):
 class WPOLoss(LogRatioLoss, name="wpo"):
     """Weighted Preference Optimization: -w(chosen) w(rejected) log sigmoid(beta h).
 
-    Eq. 2 of Zhou et al. 2024 (arXiv:2406.11827) with aligned weights, Eq. 4: w(y) = exp(mean over y's tokens of
-    [log pi(y_t) - log sum_v pi(v)^2]), so that a completion which the policy samples itself weighs about 1 and an
-    unlikely one little. The weights carry no gradient. Their product is cut off at 1, as the authors' code does.
+    Eq. 1 of Zhou et al. 2024 (arXiv:2406.11827) with the weights of Eq. 2 ("sampled alignment"): w(y) = exp(mean over
+    y's tokens of [log pi(y_t) - log sum_v pi(v)^2]), so that a completion which the policy samples itself weighs about
+    1 and an unlikely one little. The weights carry no gradient. Their product is cut off at 1, which the authors' code
+    does and the paper does not say.
     """
 
     beta: float = 0.01
@@ -313,7 +315,7 @@ class AOTLoss(LogRatioLoss, name="aot"):
     """Alignment via Optimal Transport on pairs: -log sigmoid(beta d), d the sorted policy less the sorted reference.
 
     The i-th smallest log pi(chosen) - log pi(rejected) of the batch is held against the i-th smallest of the reference:
-    Algorithm 2 of Melnyk et al. 2024 (arXiv:2406.05882), whose loss asks for first-order stochastic dominance. It
+    the paired form of Melnyk et al. 2024 (arXiv:2406.05882), whose loss asks for first-order stochastic dominance. It
     depends on the whole batch. The loss stands at the place of the policy's pair. At policy = reference it is log 2.
     """
 

@@ -53,8 +53,9 @@ class ORPOLoss(PairLoss, name="orpo"):
     """Odds Ratio Preference Optimization: NLL(chosen) - weight * log sigmoid(log odds(chosen) - log odds(rejected)).
 
     Eq. 3 to 7 of Hong et al. 2024 (arXiv:2403.07691), whose lambda is `odds_ratio_weight`: odds p / (1 - p) of
-    p = exp(lp(y)/|y|); NLL is the mean over the completion's tokens, as in the paper. `nll_on_prompt` takes it over
-    prompt and completion together, as the authors' code and TRL do.
+    p = exp(lp(y)/|y|); NLL is the mean over the completion's tokens, the paper's "reference tokens" as read here.
+    `nll_on_prompt` takes it over prompt and completion together, as TRL does and the authors' code unless told not to;
+    both average over all tokens of a microbatch, this over those of each example.
     """
 
     odds_ratio_weight: float = 0.1
@@ -92,7 +93,8 @@ class CPOLoss(PairLoss, name="cpo"):
     """Contrastive Preference Optimization: -log sigmoid(beta [lp(chosen) - lp(rejected)]) + nll_weight NLL(chosen).
 
     Eq. 3 and 5 of Xu et al. 2024 (arXiv:2401.08417): DPO with a uniform reference, and a likelihood term that keeps
-    the policy near the data. The paper's NLL is a sum over tokens; like the authors' code it is their mean here.
+    the policy near the data. The paper's NLL is a sum over tokens. Here it is the mean over those of the completion, in
+    the authors' code over those of a microbatch.
     """
 
     beta: float = 0.1
@@ -144,7 +146,8 @@ class SFTLoss(Loss, name="sft"):
     """Supervised fine-tuning: the negative log-likelihood of the chosen (or desirable) completions.
 
     `per` token: summed and divided by the number of those tokens in the optimizer batch, so that long completions count
-    more; `per` sequence: each completion's mean over its own tokens, as in RPO (Pang et al. 2024, arXiv:2404.19733).
+    more; `per` sequence: each completion's mean over its own tokens, the likelihood term of RPO's loss, Eq. 1 of
+    Pang et al. 2024 (arXiv:2404.19733).
     On pairs the rejected side is only looked at; completions that are not desirable have loss 0.
     """
 

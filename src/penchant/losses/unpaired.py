@@ -37,9 +37,9 @@ class LogRatioUnpairedLoss(UnpairedLoss):
 class KTOLoss(LogRatioUnpairedLoss, name="kto"):
     """Kahneman-Tversky Optimization: weight (1 - sigmoid(beta [r(y) - z])), for undesirable ones of beta [z - r(y)].
 
-    Eq. 8 of Ethayarajh et al. 2024 (arXiv:2402.01306). z is an estimate of KL(policy || reference), at least 0 and
-    without gradient: the mean log-ratio of completions that belong to other prompts, over the whole optimizer batch
-    (the paper takes it over a microbatch). At policy = reference it is weight / 2.
+    Eq. 8 of Ethayarajh et al. 2024 (arXiv:2402.01306; Eq. 7 of its first version). z is an estimate of KL(policy ||
+    reference), at least 0 and without gradient: the mean log-ratio of completions that belong to other prompts, over
+    the whole optimizer batch (the paper takes it over a microbatch). At policy = reference it is weight / 2.
     """
 
     desirable_weight: float = 1.0
@@ -68,10 +68,11 @@ class KTOLoss(LogRatioUnpairedLoss, name="kto"):
 class BCOLoss(LogRatioUnpairedLoss, name="bco"):
     """Binary classifier optimization: -log sigmoid(beta r(y) - d), for undesirable ones -log sigmoid(d - beta r(y)).
 
-    Jung et al. 2024 (arXiv:2404.04656). The reward shift d is the mean of the mean rewards of both classes, without
-    gradient; the paper averages it over steps, here it is that of the whole optimizer batch, so that a step depends on
-    nothing but its batch. The paper's reweighting of prompts by an embedding (underlying distribution matching) is not
-    part of it. At policy = reference it is log 2.
+    Eq. 8 of Jung et al. 2024 (arXiv:2404.04656), in which both classes weigh the same; here every completion does. The
+    reward shift d, Eq. 7, is the mean of the mean rewards of both classes, without gradient; the paper keeps an
+    exponential moving average of it, here it is that of the whole optimizer batch, so that a step depends on nothing
+    but its batch. The reweighting of prompts by an embedding in its first version (underlying distribution matching)
+    is not part of it. At policy = reference it is log 2.
     """
 
     reads = frozenset({"reference", "labels", "whole_batch"})
@@ -101,11 +102,11 @@ class APOZeroUnpairedLoss(LogRatioUnpairedLoss, name="apo-zero-unpaired"):
 class AOTUnpairedLoss(LogRatioUnpairedLoss, name="aot-unpaired"):
     """Alignment via Optimal Transport on single completions: -log sigmoid(beta d), d between quantiles of r(y).
 
-    Algorithm 1 of Melnyk et al. 2024 (arXiv:2406.05882): the sorted log-ratios of the desirable completions of a batch
-    are held against the sorted ones of the undesirable. Where the two differ in number, their quantile functions are
-    (each couple by the mass that the optimal transport moves between them), which the paper leaves open. Half of a
-    couple's loss stands at each of its two completions. A batch of one class alone has loss 0. At policy = reference
-    it is log 2.
+    The unpaired form of Melnyk et al. 2024 (arXiv:2406.05882): the sorted log-ratios of the desirable completions of a
+    batch are held against the sorted ones of the undesirable. Where the two differ in number, their quantile functions
+    are (each couple by the mass that the optimal transport moves between them), a case that their code in
+    TRL does not have. Half of a couple's loss stands at each of its two completions. A batch of one class alone has
+    loss 0. At policy = reference it is log 2.
     """
 
     label_smoothing: float = 0.0

@@ -40,7 +40,7 @@ class Column(NamedTuple):
     key: str
     label: str
     unit: str = ""
-    rank: int = 2
+    rank: int = 0
     read: Callable[[RunRecord], Any] = lambda run: None
     show: Callable[[Any], str] = number
     is_text: bool = False
@@ -210,7 +210,7 @@ def print_comparison(comparison: Comparison, console: Console) -> None:
     for j, (line, name) in enumerate(zip(lines, names, strict=True)):
         table.add_row(*map(Text, (name, *(cells[i][j] for i in shown))), style="dim" if line.is_baseline else "")
     console.print(Text(comparison.headline), "", table, "", sep="\n")
-    gone = ", ".join(column.label for i, column in enumerate(columns) if i not in shown)
+    gone = _listing((column.label for i, column in enumerate(columns) if i not in shown), limit=12)
     said = (f"No room for: {gone}." if gone else "", _same_text(comparison))
     for style, sentences in (("dim", said), ("yellow", comparison.warnings), ("dim", comparison.notes)):
         for sentence in filter(None, sentences):
@@ -367,7 +367,8 @@ def _table(comparison: Comparison) -> tuple[list[Column], list[Line]]:
         cells = [percent(share) if column.key == "accuracy" else "" for column in columns]
         lines.append((share, Line(name, [*("" for _ in settings), *cells], True)))
     lines.sort(key=lambda line: (line[0] is None, -(line[0] or 0)))
-    return [*(Column(key, key, is_text=True) for key in settings), *columns], [line for _, line in lines]
+    heads = [Column(key, key, rank=2 if _place(key) < len(MAIN_SETTINGS) else 7, is_text=True) for key in settings]
+    return [*heads, *columns], [line for _, line in lines]
 
 
 def _settings_cells(rows: Sequence[Row], key: str) -> list[str]:
@@ -385,10 +386,10 @@ def _setting(value: Any) -> str:
 
 
 def _loss_text(loss: Mapping[str, Any]) -> str:
-    """A loss in one line: `dpo, beta = 0.1`; a weighted sum as `1 dpo, beta = 0.1 + 0.2 sft`."""
+    """A loss in one line: `dpo, beta = 0.1`; a weighted sum as `1 × dpo, beta = 0.1; 0.2 × sft`."""
     terms = {name: as_mapping(term) for name, term in loss.items() if isinstance(term, Mapping)}
     if terms:
-        return " + ".join(_loss_text({"name": f"{_setting(t.pop('weight', 1))} {n}", **t}) for n, t in terms.items())
+        return "; ".join(_loss_text({"name": f"{_setting(t.pop('weight', 1))} × {n}", **t}) for n, t in terms.items())
     fields = (f"{key} = {_setting(value)}" for key, value in loss.items() if key != "name")
     return ", ".join([str(loss.get("name", "")), *fields])
 

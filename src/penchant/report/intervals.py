@@ -92,7 +92,7 @@ def _without_middle(name: str, limit: int) -> str:
 def _scale(low: Number, high: Number, start: Number) -> Scale:
     step = nice_step(max(high - low, 1) / 4)
     first, last = math.floor(low / step + 1e-9), math.ceil(high / step - 1e-9)
-    return Scale(first * step, max(last, first + 1) * step, start, RIGHT - 38, step)
+    return Scale(first * step, max(last, first + 1) * step, start, RIGHT - 44, step)
 
 
 def _draw_ticks(svg: Element, x: Scale, bottom: int, unit: str) -> None:

@@ -63,7 +63,6 @@ def observe(
     rewards = rewards_of(loss, logps)
     means.add("loss", losses, weights_of(loss, batch))
     sequences = sequence_logps(batch, policy.logps, ref)
-    is_completion = batch.is_completion
     firsts, lasts = _places(batch)
     if all(len(example.completion_ids) == 1 for example in batch.examples):
         is_desirable = sequences.is_desirable
@@ -76,13 +75,13 @@ def observe(
         means.add("rewards/margins", rewards[firsts] - rewards[lasts])
     by_completion = {
         "rewards": rewards,
-        "logps": sequences.policy_logps[is_completion],
-        "length": sequences.lengths[is_completion].float(),
+        "logps": sequences.policy_logps,
+        "length": sequences.lengths.float(),
     }
     for name, values in by_completion.items():
         means.add(f"{name}/chosen", values[firsts])
         means.add(f"{name}/rejected", values[lasts])
-    of_completions = is_completion[batch.sequence_ids]
+    of_completions = batch.is_completion[batch.sequence_ids]
     if policy.entropies is not None:
         means.add("entropy", policy.entropies[of_completions])
     if ref is not None:

@@ -32,8 +32,12 @@ def unit_of(loss: Loss, examples: Sequence[TokenizedExample]) -> str:
 
 
 def tokens_per_example(examples: Sequence[TokenizedExample]) -> float:
-    """Tokens whose likelihood shall rise, per example: what a mean over the tokens of a whole batch is made with."""
-    return sum(example.num_trained_tokens for example in examples) / len(examples)
+    """Tokens whose likelihood shall rise, per example: what a mean over the tokens of a whole batch is made with.
+
+    Each example's tokens count by its weight, so that weight 2 is the same as the example given twice.
+    """
+    tokens = sum(example.weight * example.num_trained_tokens for example in examples)
+    return tokens / sum(example.weight for example in examples)
 
 
 def logps_for(
@@ -104,8 +108,10 @@ def sequence_logps(
         for place in range(len(example.completion_ids))
     ]
     is_desirable = torch.tensor(labels, device=batch.lengths.device)
-    ref_sums = None if ref is None else batch.sum_by_sequence(ref)
-    return SequenceLogps(batch.sum_by_sequence(policy), ref_sums, batch.lengths, is_desirable, kl, tokens_per_example)
+    is_completion = batch.is_completion  # prompts may be scored beside them
+    sums = batch.sum_by_sequence(policy)[is_completion]
+    ref_sums = None if ref is None else batch.sum_by_sequence(ref)[is_completion]
+    return SequenceLogps(sums, ref_sums, batch.lengths[is_completion], is_desirable, kl, tokens_per_example)
 
 
 def ranked_logps(batch: Batch, policy: Float[Tensor, " M"], ref: Float[Tensor, " M"] | None) -> RankedLogps:

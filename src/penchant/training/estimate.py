@@ -11,7 +11,15 @@ from penchant.scoring.layout import Layout
 from penchant.scoring.policy import Policy
 from penchant.training.hardware import peak_memory_bytes
 from penchant.training.step import trainable_parameters
-from penchant.types import TokenizedExample
+from penchant.types import Batch, TokenizedExample
+
+
+@dataclass(frozen=True)
+class Speed:
+    """What one forward pass takes per token: seconds, and bytes kept for the backward pass."""
+
+    seconds: float
+    activation_bytes: float
 
 
 @dataclass(frozen=True)
@@ -22,22 +30,8 @@ class Estimate:
     memory_bytes: int
 
 
-def estimate_run(
-    policy: Policy,
-    layout: Layout,
-    examples: list[TokenizedExample],
-    tokens_to_learn: float,
-    tokens_to_score: float,
-    largest_microbatch: int,
-    has_reference_copy: bool,
-) -> Estimate:
-    """Runs one typical example forward and extrapolates.
-
-    Args:
-        tokens_to_learn: tokens, filling included, that go forward and backward in the whole run.
-        tokens_to_score: tokens that only go forward (reference, evaluation).
-        largest_microbatch: tokens of the largest microbatch: its activations make the peak.
-    """
+def measure(policy: Policy, layout: Layout, examples: list[TokenizedExample]) -> Speed:
+    """Runs one typical example forward."""
     typical = sorted(examples, key=lambda example: example.num_tokens)[len(examples) // 2]
     batch = layout.collate([typical]).to(policy.device)
     num_tokens = layout.cost([typical])
@@ -52,30 +46,46 @@ def estimate_run(
     weights = {p.untyped_storage().data_ptr() for p in policy.model.parameters()}
     with torch.autograd.graph.saved_tensors_hooks(count, lambda tensor: tensor):
         policy.token_logps(batch)
-    seconds_per_token = _seconds_per_token(policy, batch, num_tokens)
     activation_bytes = sum(size for pointer, size in kept.items() if pointer not in weights)
+    return Speed(_seconds(policy, batch) / num_tokens, activation_bytes / num_tokens)
 
+
+def estimate_run(
+    policy: Policy,
+    speed: Speed,
+    tokens_to_learn: float,
+    tokens_to_score: float,
+    largest_microbatch: int,
+    has_reference_copy: bool,
+) -> Estimate:
+    """Extrapolates from one example to a run.
+
+    Args:
+        tokens_to_learn: tokens, filling included, that go forward and backward in the whole run.
+        tokens_to_score: tokens that only go forward (reference, evaluation).
+        largest_microbatch: tokens of the largest microbatch: its activations make the peak.
+    """
     all_bytes = sum(p.nbytes for p in policy.model.parameters())
     trained_bytes = sum(p.nbytes for p in trainable_parameters(policy.model))
     backward = 2.0 if trained_bytes == all_bytes else 1.0 + trained_bytes / all_bytes  # frozen weights need no gradient
     return Estimate(
-        seconds=seconds_per_token * ((1 + backward) * tokens_to_learn + tokens_to_score),
+        seconds=speed.seconds * ((1 + backward) * tokens_to_learn + tokens_to_score),
         memory_bytes=round(
             peak_memory_bytes(policy.device)  # weights, libraries and the workspace of a forward pass
             + (all_bytes if has_reference_copy else 0)
             + 3 * trained_bytes  # gradient and two moments of AdamW
-            + activation_bytes / num_tokens * largest_microbatch
+            + speed.activation_bytes * largest_microbatch
         ),
     )
 
 
-def _seconds_per_token(policy: Policy, batch: object, num_tokens: int) -> float:
+def _seconds(policy: Policy, batch: Batch) -> float:
     times = []
     for _ in range(3):
         started = time.perf_counter()
         with torch.no_grad():
-            policy.token_logps(batch)  # type: ignore[arg-type]
+            policy.token_logps(batch)
         if policy.device.type == "cuda":
             torch.cuda.synchronize(policy.device)
         times.append(time.perf_counter() - started)
-    return min(times) / num_tokens
+    return min(times)

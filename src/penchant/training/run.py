@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from penchant.config import RunConfig, config_from
-from penchant.losses import Loss
+from penchant.losses import Loss, build_loss
 from penchant.models.load import save_model
 from penchant.report import write_model_card, write_report
 from penchant.scoring.policy import Policy
@@ -123,6 +123,12 @@ def execute(
         report = write_report(run_dir)
     log.say("report", str(report))
     return RunResult(run_dir, summary)
+
+
+def resolved_run_file(config: RunConfig, run_dir: Path) -> str:
+    """The run file that repeats a run, without anything left to defaults."""
+    loss = build_loss(config.loss_settings()).settings()
+    return config.to_yaml(output_dir=str(run_dir), loss=loss, learning_rate=config.peak_learning_rate())
 
 
 def dry_run(config: RunConfig, log: RunLog | None = None, num_rows: int = 2) -> dict[str, Any]:

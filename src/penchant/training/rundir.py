@@ -12,11 +12,11 @@ from penchant.config import RunConfig
 from penchant.errors import UserError
 
 
-def choose_run_dir(config: RunConfig) -> Path:
-    """`output_dir`, or runs/MODEL-METHOD with the first free number."""
+def choose_run_dir(config: RunConfig, kind: str = "") -> Path:
+    """`output_dir`, or runs/MODEL-METHOD (or runs/MODEL-KIND) with the first free number."""
     if config.output_dir:
         return Path(config.output_dir).expanduser()
-    name = f"{Path(config.model).expanduser().resolve().name.removesuffix('.gguf')}-{config.method}"
+    name = f"{Path(config.model).expanduser().resolve().name.removesuffix('.gguf')}-{kind or config.method}"
     number = 1
     while (folder := Path("runs") / (name if number == 1 else f"{name}-{number}")).exists():
         number += 1

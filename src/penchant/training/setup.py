@@ -23,18 +23,19 @@ from penchant.models.load import weights_sha256
 from penchant.models.logps import builds_full_logits
 from penchant.scoring.layout import Layout, choose_layout, trouble_with_sharing
 from penchant.scoring.policy import Policy
-from penchant.scoring.reference import AdapterOff, FrozenModel, Precomputed, Reference
+from penchant.scoring.reference import AdapterOff, FrozenModel, LogpsCache, Precomputed, Reference
 from penchant.training import hardware
 from penchant.training.datasets import (
     Datasets,
     Rows,
     fit_to_loss,
+    read_data,
     refuse_bad_rows,
     refuse_idle_data_options,
     split_heldout,
     tokenize_datasets,
 )
-from penchant.training.estimate import Estimate, estimate_run
+from penchant.training.estimate import Estimate, estimate_run, measure
 from penchant.training.logger import RunLog, count, duration
 from penchant.training.schedule import eval_interval, num_steps
 from penchant.training.shared import Shared
@@ -115,12 +116,12 @@ def set_up(
     shared = shared or Shared()
     loss = build_loss(config.loss_settings())
     _refuse_idle_options(config, loss)
-    rows = shared.rows(data if data is not None else config.data, "data")
+    rows = _rows(shared, data if data is not None else config.data, "data")
     refuse_bad_rows(rows, config.max_bad_rows)
     refuse_idle_data_options(config, loss, rows.examples)
     heldout_rows = None
     if eval_data is not None or config.eval_data:
-        heldout_rows = shared.rows(eval_data if eval_data is not None else str(config.eval_data), "eval_data")
+        heldout_rows = _rows(shared, eval_data if eval_data is not None else str(config.eval_data), "eval_data")
         refuse_bad_rows(heldout_rows, config.max_bad_rows)
     train_rows, heldout_rows = split_heldout(config, rows, heldout_rows)
     train_rows = fit_to_loss(config, loss, train_rows, is_heldout=False)
@@ -144,7 +145,7 @@ def set_up(
     datasets = (
         tokenized()
         if data is not None or eval_data is not None
-        else shared.datasets(_tokenization(config, loss), tokenized)
+        else shared.once(_tokenization(config, loss), tokenized)
     )
     base_sha256 = weights_sha256(policy.model)
     layout = choose_layout(policy, config.layout, datasets.train.examples)
@@ -192,7 +193,7 @@ def make_reference(setup: Setup, log: RunLog) -> Reference | None:
         return FrozenModel.copy_of(policy, config.reference.offload)
     if kind == "model":
         return FrozenModel(source, is_start_of_policy=False, offload=config.reference.offload)
-    cache = setup.shared.logps((source_sha256, source.precision, source.device.type))
+    cache = setup.shared.once(("logps", source_sha256, source.precision, source.device.type), LogpsCache)
     visited, mismatched = setup.visited()
     examples = cache.missing([*visited, *mismatched, *setup.datasets.heldout.examples, *setup.heldout_mismatched])
     with log.progress("reference", len(examples)) as meter:
@@ -218,8 +219,13 @@ def expected_cost(setup: Setup) -> Estimate:
         scored += scored + learned
     if "whole_batch" in setup.loss.needs and len(parts) > len(drawn):
         scored += learned  # the first of the two passes
+    arithmetic = (setup.base_sha256, config.lora.rank, layout.name, setup.policy.precision, str(setup.policy.device))
+    speed = setup.shared.once(
+        ("speed", arithmetic, _tokenization(config, setup.loss)),
+        lambda: measure(setup.policy, layout, train_examples),
+    )
     has_copy = setup.reference_kind in ("copy", "model")
-    return estimate_run(setup.policy, layout, train_examples, learned, scored, max(map(layout.cost, parts)), has_copy)
+    return estimate_run(setup.policy, speed, learned, scored, max(map(layout.cost, parts)), has_copy)
 
 
 def describe(setup: Setup, log: RunLog) -> None:
@@ -299,6 +305,13 @@ def _as_configured(policy: Policy, config: RunConfig) -> Policy:
 def _refuse_several_processes() -> None:
     if int(os.environ.get("WORLD_SIZE", "1")) > 1:
         raise UserError("this version trains in one process; start it without torchrun")
+
+
+def _rows(shared: Shared, data: Rows, name: str) -> ExampleData:
+    """The examples of a file, read once; rows in memory are not kept."""
+    return (
+        shared.once(("rows", data), lambda: read_data(data, name)) if isinstance(data, str) else read_data(data, name)
+    )
 
 
 def _tokenization(config: RunConfig, loss: Loss) -> tuple[Any, ...]:

@@ -3,34 +3,19 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Hashable
+from typing import Any, TypeVar
 
-from penchant.data.formats import ExampleData
-from penchant.scoring.reference import LogpsCache
-from penchant.training.datasets import Datasets, Rows, read_data
+T = TypeVar("T")
 
 
 class Shared:
-    """Kept in memory while runs follow each other, each part under the settings that it depends on."""
+    """Keeps in memory what was made, under all that it depends on, while runs follow each other."""
 
     def __init__(self) -> None:
-        self._rows: dict[str, ExampleData] = {}
-        self._datasets: dict[Hashable, Datasets] = {}
-        self._logps: dict[Hashable, LogpsCache] = {}
+        self._made: dict[Hashable, Any] = {}
 
-    def rows(self, data: Rows, name: str) -> ExampleData:
-        """The examples of a file, read once; rows in memory are not kept."""
-        if not isinstance(data, str):
-            return read_data(data, name)
-        if data not in self._rows:
-            self._rows[data] = read_data(data, name)
-        return self._rows[data]
-
-    def datasets(self, settings: Hashable, make: Callable[[], Datasets]) -> Datasets:
-        """The tokenised examples under these settings."""
-        if settings not in self._datasets:
-            self._datasets[settings] = make()
-        return self._datasets[settings]
-
-    def logps(self, source: Hashable) -> LogpsCache:
-        """The log-probabilities that this model and arithmetic have given so far."""
-        return self._logps.setdefault(source, LogpsCache())
+    def once(self, key: Hashable, make: Callable[[], T]) -> T:
+        """What `make` gave when `key` was asked for first."""
+        if key not in self._made:
+            self._made[key] = make()
+        return self._made[key]
