@@ -34,7 +34,7 @@ METHODS: dict[str, dict[str, Any]] = {
 Every loss is a method by its own name; the others are presets, of one loss or of a weighted sum.
 """
 
-_RATES = {"sft": 2e-5, "orpo": 8e-6, "kto": 5e-6, "bco": 5e-6}
+_RATES = {"sft": 2e-5, "orpo": 8e-6, "kto": 5e-6}
 """Peak learning rates of methods that want another one than DPO: sources in docs/guide.md."""
 
 
@@ -86,7 +86,7 @@ class RunConfig(_Section):
     """Settings of the loss, on top of the method's: name, beta, label_smoothing, ... (see: penchant methods)."""
 
     learning_rate: float | None = Field(default=None, gt=0)
-    """Peak learning rate; default 5e-7 (sft 2e-5, orpo 8e-6, kto and bco 5e-6), with LoRA ten times that."""
+    """Peak learning rate; default 5e-7 (sft 2e-5, orpo 8e-6, kto 5e-6), with LoRA ten times that."""
     batch_size: int = Field(default=32, ge=1)
     """Examples (pairs, single completions or rankings) per optimizer step, over all processes."""
     num_train_epochs: float = Field(default=1.0, gt=0)

@@ -4,7 +4,8 @@
 
 Each function is the equation as printed, without a rearrangement for the sake of numerics: the digits are many enough.
 It takes a batch of inputs and hyperparameters and gives the loss of each example and the implicit rewards. Inputs are
-whole multiples of 1/64, so float32 holds them and their differences exactly.
+whole multiples of 1/64, so float32 holds them and their differences exactly. Who changes them also has to run
+make_trl_values.py again.
 """
 
 from __future__ import annotations

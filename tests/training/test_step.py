@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Sequence
 from dataclasses import replace
+from functools import cache
 from typing import Any
 
 import pytest
@@ -14,16 +15,16 @@ from torch import Tensor, nn
 from penchant.config import METHODS, RunConfig
 from penchant.data.loader import mismatched
 from penchant.losses import NEEDS, DPOLoss, Loss, build_loss
-from penchant.scoring.layout import PADDED
+from penchant.scoring.layout import PADDED, PREFIX_SHARED
 from penchant.scoring.metrics import Means
 from penchant.scoring.policy import Policy
-from penchant.scoring.reference import Reference
+from penchant.scoring.reference import FrozenModel, Reference
 from penchant.training.optim import make_optimizer, set_rate
 from penchant.training.step import accumulate_gradient, train_step
 from penchant.types import Batch, Logps, PairLogps, PairTokens, RankedLogps, SequenceLogps, TokenizedExample
 
-from ..scoring.alone import collisions_alone, logps_alone, scores_alone
-from ..scoring.samples import LAYOUTS, cut, gradient_of, moved_policy, plain_models, ragged
+from ..scoring.alone import collisions_alone, logps_alone
+from ..scoring.samples import cut, gradient_of, moved_policy, plain_models, ragged
 
 MAX_LENGTH = 24
 
@@ -57,81 +58,91 @@ EVERY_CASE = pytest.mark.parametrize("case", SETTINGS)
 # The independent computation: one graph over single sequences.
 
 
+@cache
+def models() -> dict[str, nn.Module]:
+    return dict(zip(("policy", "ref"), plain_models(), strict=True))
+
+
+@cache
+def scored(model: str, prompt: tuple[int, ...], completion: tuple[int, ...]) -> Tensor:
+    return logps_alone(models()[model], prompt, completion)
+
+
+def side_of(model: str, examples: Sequence[TokenizedExample], place: int) -> list[Tensor]:
+    """Token log-probabilities of the completions at one place of each example."""
+    return [scored(model, tuple(e.prompt_ids), tuple(e.completion_ids[place])) for e in examples]
+
+
+def sums(rows: Sequence[Tensor]) -> Tensor:
+    return torch.stack([row.sum() for row in rows])
+
+
 def filled(rows: Sequence[Tensor]) -> Tensor:
     """Rows of unequal length, with zeros behind."""
-    whole = torch.zeros(len(rows), max(map(len, rows)), dtype=torch.float64)
-    return torch.stack([torch.cat([row, zeros[len(row) :]]) for row, zeros in zip(rows, whole, strict=True)])
+    width = max(map(len, rows))
+    return torch.stack([torch.cat([row, row.new_zeros(width - len(row))]) for row in rows])
 
 
-def pair_record(
-    loss: Loss, examples: Sequence[TokenizedExample], policy: nn.Module, ref: nn.Module | None
-) -> PairLogps:
-    def side(model: nn.Module, place: int) -> list[Tensor]:
-        return [logps_alone(model, example.prompt_ids, example.completion_ids[place]) for example in examples]
+def trained_tokens_per_example(examples: Sequence[TokenizedExample]) -> float:
+    trained = [e.weight * len(e.completion_ids[0]) for e in examples if e.is_desirable is not False]
+    return sum(trained) / sum(example.weight for example in examples)
 
-    def sums(rows: list[Tensor]) -> Tensor:
-        return torch.stack([row.sum() for row in rows])
 
-    def lengths(place: int) -> Tensor:
-        return torch.tensor([len(example.completion_ids[place]) for example in examples])
-
-    chosen, rejected = side(policy, 0), side(policy, 1)
-    ref_chosen, ref_rejected = (side(ref, 0), side(ref, 1)) if ref is not None else (None, None)
-    tokens = None
-    if "tokens" in loss.needs:
-        collisions = [
-            filled([collisions_alone(policy, e.prompt_ids, e.completion_ids[place]) for e in examples])
-            for place in (0, 1)
-        ]
-        tokens = PairTokens(filled(chosen), filled(rejected), filled(ref_chosen), filled(ref_rejected), *collisions)
-    prompts = [logps_alone(policy, example.prompt_ids[:1], example.prompt_ids[1:]).sum() for example in examples]
+def pair_record(loss: Loss, examples: Sequence[TokenizedExample]) -> PairLogps:
+    policy = [side_of("policy", examples, place) for place in (0, 1)]
+    ref = [side_of("ref", examples, place) for place in (0, 1)]
+    collisions = [
+        filled([collisions_alone(models()["policy"], e.prompt_ids, e.completion_ids[place]) for e in examples])
+        for place in (0, 1)
+        if "collisions" in loss.needs
+    ]
+    prompts = [scored("policy", tuple(e.prompt_ids[:1]), tuple(e.prompt_ids[1:])) for e in examples]
+    has_ref = "reference" in loss.needs
     return PairLogps(
-        sums(chosen),
-        sums(rejected),
-        None if ref is None else sums(ref_chosen),
-        None if ref is None else sums(ref_rejected),
-        lengths(0),
-        lengths(1),
+        sums(policy[0]),
+        sums(policy[1]),
+        sums(ref[0]) if has_ref else None,
+        sums(ref[1]) if has_ref else None,
+        torch.tensor([len(example.completion_ids[0]) for example in examples]),
+        torch.tensor([len(example.completion_ids[1]) for example in examples]),
         margins=torch.tensor([example.margin for example in examples], dtype=torch.float64),
         win_probabilities=torch.tensor([example.win_probabilities for example in examples], dtype=torch.float64),
-        policy_prompt_logps=torch.stack(prompts),
+        policy_prompt_logps=sums(prompts),
         prompt_lengths=torch.tensor([len(example.prompt_ids) - 1 for example in examples]),
-        tokens_per_example=sum(e.weight * len(e.completion_ids[0]) for e in examples) / sum(e.weight for e in examples),
-        tokens=tokens,
+        tokens_per_example=trained_tokens_per_example(examples),
+        tokens=PairTokens(*map(filled, policy), *map(filled, ref), *collisions),
     )
 
 
-def ranked_record(examples: Sequence[TokenizedExample], policy: nn.Module, ref: nn.Module) -> RankedLogps:
-    def rows(model: nn.Module) -> Tensor:
-        return filled([torch.stack([each.sum() for each in scores_alone(model, [e])]) for e in examples])
+def ranked_record(examples: Sequence[TokenizedExample]) -> RankedLogps:
+    def rows(model: str) -> Tensor:
+        return filled(
+            [torch.cat([sums(side_of(model, [e], k)) for k in range(len(e.completion_ids))]) for e in examples]
+        )
 
-    counts = torch.tensor([len(example.completion_ids) for example in examples])
-    is_present = torch.arange(int(counts.max())) < counts[:, None]
-    lengths = filled([torch.tensor([float(len(ids)) for ids in e.completion_ids]).double() for e in examples])
-    return RankedLogps(rows(policy), rows(ref), lengths.long(), is_present)
+    lengths = filled([torch.tensor([len(ids) for ids in example.completion_ids]) for example in examples])
+    return RankedLogps(rows("policy"), rows("ref"), lengths, is_present=lengths > 0)
 
 
 def sequence_record(
-    examples: Sequence[TokenizedExample],
-    policy: nn.Module,
-    ref: nn.Module | None,
-    kl_examples: Sequence[TokenizedExample],
+    loss: Loss, examples: Sequence[TokenizedExample], kl_examples: Sequence[TokenizedExample]
 ) -> SequenceLogps:
-    def sums(model: nn.Module, some: Sequence[TokenizedExample]) -> Tensor:
-        return torch.stack([each.sum() for each in scores_alone(model, some)])
-
     kl = None
-    if kl_examples and ref is not None:
-        kl = (sums(policy, kl_examples).detach() - sums(ref, kl_examples)).mean().clamp(min=0)
+    if kl_examples:
+        kl = (
+            (sums(side_of("policy", kl_examples, 0)) - sums(side_of("ref", kl_examples, 0)))
+            .mean()
+            .detach()
+            .clamp(min=0)
+        )
         assert kl > 0.01  # or its part in the loss would not be seen
-    trained = [e.weight * len(e.completion_ids[0]) * (e.is_desirable is not False) for e in examples]
     return SequenceLogps(
-        sums(policy, examples),
-        None if ref is None else sums(ref, examples),
+        sums(side_of("policy", examples, 0)),
+        sums(side_of("ref", examples, 0)) if "reference" in loss.needs else None,
         torch.tensor([len(example.completion_ids[0]) for example in examples]),
         torch.tensor([example.is_desirable is not False for example in examples]),
         kl,
-        sum(trained) / sum(example.weight for example in examples),
+        trained_tokens_per_example(examples),
     )
 
 
@@ -139,24 +150,31 @@ def loss_and_gradient_alone(
     loss: Loss, examples: Sequence[TokenizedExample], kl_examples: Sequence[TokenizedExample]
 ) -> tuple[float, Tensor]:
     """The weighted mean of the losses, by one graph over single unpadded sequences."""
-    policy, ref = plain_models()
-    if "reference" not in loss.needs:
-        ref = None
     record: Logps
     if loss.units == ("ranking",):
-        assert ref is not None
-        record = ranked_record(examples, policy, ref)
+        record = ranked_record(examples)
     elif len(examples[0].completion_ids) == 2:
-        record = pair_record(loss, examples, policy, ref)
+        record = pair_record(loss, examples)
     else:
-        record = sequence_record(examples, policy, ref, kl_examples)
+        record = sequence_record(loss, examples, kl_examples)
     weights = torch.tensor([example.weight for example in examples], dtype=torch.float64)
     value = (loss(record) * weights).sum() / weights.sum()
-    value.backward()
-    return value.item(), gradient_of(policy)
+    return value.item(), gradient_alone(value)
+
+
+def gradient_alone(value: Tensor) -> Tensor:
+    parameters = list(models()["policy"].parameters())
+    found = torch.autograd.grad(value, parameters, retain_graph=True, materialize_grads=True)
+    return torch.cat([each.flatten() for each in found])
 
 
 # The computation of the package.
+
+
+@cache
+def standing() -> tuple[Policy, FrozenModel]:
+    """Policy and reference for all tests that leave the weights alone."""
+    return moved_policy()
 
 
 def accumulated(
@@ -184,7 +202,7 @@ def assert_same(found: tuple[Any, Tensor], expected: tuple[Any, Tensor]) -> None
     assert (found[1] - expected[1]).norm() <= 1e-9 * expected[1].norm()
 
 
-CUTS = [[6], [2, 2, 2], [1] * 6, [3, 1, 2]]
+CUTS = [(PADDED, [6]), (PADDED, [3, 1, 2]), (PADDED, [1] * 6), (PREFIX_SHARED, [6]), (PREFIX_SHARED, [2, 4])]
 
 
 def test_the_cases_ask_for_all_that_a_loss_may_need() -> None:
@@ -198,19 +216,16 @@ def test_loss_and_gradient_are_those_of_single_sequences_however_the_batch_is_cu
     kl_examples, with_prompts = kl_examples_for(loss, examples), "prompts" in loss.needs
     expected_loss, expected_gradient = loss_and_gradient_alone(loss, examples, kl_examples)
     assert expected_gradient.norm() > 1e-4
-    policy, reference = moved_policy()
     metrics = None
-    for layout in LAYOUTS:
-        for sizes in CUTS:
-            kl_batches = cut(kl_examples, sizes, layout) if kl_examples else []
-            found = accumulated(policy, reference, loss, cut(examples, sizes, layout, with_prompts), kl_batches)
-            assert found[0]["loss"] == pytest.approx(expected_loss, rel=1e-9)
-            metrics = metrics or found[0]
-            assert_same(found, (metrics, expected_gradient))
+    for layout, sizes in CUTS:
+        kl_batches = cut(kl_examples, sizes, layout) if kl_examples else []
+        found = accumulated(*standing(), loss, cut(examples, sizes, layout, with_prompts), kl_batches)
+        assert found[0]["loss"] == pytest.approx(expected_loss, rel=1e-9)
+        metrics = metrics or found[0]
+        assert_same(found, (metrics, expected_gradient))
 
 
 def test_a_weight_of_two_counts_as_the_example_given_twice() -> None:
-    policy, reference = moved_policy()
     for case in SETTINGS:
         loss = build_loss(SETTINGS[case])
         if loss.needs & {"whole_batch", "kl"}:
@@ -219,10 +234,10 @@ def test_a_weight_of_two_counts_as_the_example_given_twice() -> None:
         weighted = [replace(examples[0], weight=2.0), *examples[1:4], replace(examples[4], weight=3.0), examples[5]]
         repeated = [examples[0], *examples, examples[4], examples[4]]
         found, expected = (
-            accumulated(policy, reference, loss, [PADDED.collate(some, "prompts" in loss.needs)])
+            accumulated(*standing(), loss, [PADDED.collate(some, "prompts" in loss.needs)])
             for some in (weighted, repeated)
         )
-        plain = accumulated(policy, reference, loss, [PADDED.collate(examples, "prompts" in loss.needs)])
+        plain = accumulated(*standing(), loss, [PADDED.collate(examples, "prompts" in loss.needs)])
         assert (plain[1] - expected[1]).norm() > 1e-3 * expected[1].norm(), case
         assert (found[1] - expected[1]).norm() <= 1e-9 * expected[1].norm(), case
         assert found[0]["loss"] == pytest.approx(expected[0]["loss"], rel=1e-9), case
@@ -231,12 +246,11 @@ def test_a_weight_of_two_counts_as_the_example_given_twice() -> None:
 @EVERY_CASE
 def test_the_scale_of_the_weights_changes_nothing(case: str) -> None:
     loss, examples = build_loss(SETTINGS[case]), ragged(kind_of(case))
-    policy, reference = moved_policy()
     kl_examples = kl_examples_for(loss, examples)
     kl_batches = [PADDED.collate(kl_examples)] if kl_examples else []
     scaled = [replace(example, weight=8 * example.weight) for example in examples]
     one, other = (
-        accumulated(policy, reference, loss, cut(some, [4, 2], PADDED, "prompts" in loss.needs), kl_batches)
+        accumulated(*standing(), loss, cut(some, [4, 2], PADDED, "prompts" in loss.needs), kl_batches)
         for some in (examples, scaled)
     )
     assert_same(other, one)
@@ -249,10 +263,9 @@ def test_a_batch_of_one_class_learns_what_the_formula_says(case: str, is_desirab
     examples = [replace(example, is_desirable=is_desirable) for example in ragged("unpaired")]
     kl_examples = kl_examples_for(loss, examples)
     expected = loss_and_gradient_alone(loss, examples, kl_examples)
-    policy, reference = moved_policy()
     for sizes in ([6], [1, 5], [1] * 6):
         kl_batches = cut(kl_examples, [6], PADDED) if kl_examples else []
-        metrics, gradient = accumulated(policy, reference, loss, cut(examples, sizes, PADDED), kl_batches)
+        metrics, gradient = accumulated(*standing(), loss, cut(examples, sizes, PADDED), kl_batches)
         assert metrics["loss"] == pytest.approx(expected[0], rel=1e-9)
         assert (gradient - expected[1]).norm() <= 1e-9 * expected[1].norm()
         assert "rewards/accuracies" not in metrics
@@ -262,24 +275,16 @@ def test_a_batch_of_one_class_learns_what_the_formula_says(case: str, is_desirab
 
 def test_kto_takes_a_batch_of_one_completion() -> None:
     loss, examples = build_loss({"name": "kto"}), ragged("unpaired")
-    others = mismatched(examples, MAX_LENGTH)
-    policy, reference = moved_policy()
-    policy_model, ref_model = plain_models()
-    for example, other in zip(examples, others, strict=True):
-        ratio, shift = (
-            sum(logps_alone(policy_model, e.prompt_ids, e.completion_ids[0]))
-            - sum(logps_alone(ref_model, e.prompt_ids, e.completion_ids[0]))
-            for e in (example, other)
-        )
-        surplus = 0.1 * (ratio - max(shift.item(), 0.0)) * (1 if example.is_desirable else -1)
-        metrics, gradient = accumulated(
-            policy, reference, loss, [PADDED.collate([example])], [PADDED.collate([other])]
-        )
-        assert metrics["loss"] == pytest.approx(1 - surplus.sigmoid().item(), rel=1e-9)
-        policy_model.zero_grad()
-        (-surplus.sigmoid()).backward()
-        expected = gradient_of(policy_model)
-        assert (gradient - expected).norm() <= 1e-9 * expected.norm()
+    shifts = []
+    for example, other in zip(examples, mismatched(examples, MAX_LENGTH), strict=True):
+        ratio, shift = (side_of("policy", [e], 0)[0].sum() - side_of("ref", [e], 0)[0].sum() for e in (example, other))
+        shifts.append(max(shift.item(), 0.0))
+        surplus = 0.1 * (ratio - shifts[-1]) * (1 if example.is_desirable else -1)
+        found = accumulated(*standing(), loss, [PADDED.collate([example])], [PADDED.collate([other])])
+        assert found[0]["loss"] == pytest.approx(1 - surplus.sigmoid().item(), rel=1e-9)
+        expected = gradient_alone(-surplus.sigmoid())
+        assert (found[1] - expected).norm() <= 1e-9 * expected.norm()
+    assert min(shifts) == 0 < max(shifts)
 
 
 @pytest.mark.parametrize(
@@ -294,7 +299,7 @@ def test_only_a_loss_over_the_whole_batch_passes_twice_and_only_over_a_batch_in_
     kl_batches = [PADDED.collate(kl_examples_for(loss, examples))] if "kl" in loss.needs else []
     passes = {"n": 0}
     for sizes, expected in (([6], cut_in_one), ([1, 2, 3], cut_in_three)):
-        accumulated(policy, reference, loss, [PADDED.collate(examples[:1])])  # the head has been checked
+        accumulated(policy, reference, loss, [PADDED.collate(examples)], kl_batches)  # so the head has been checked
         hook = policy.model.transformer.register_forward_hook(lambda *_: passes.update(n=passes["n"] + 1))
         passes["n"] = 0
         accumulated(policy, reference, loss, cut(examples, sizes, PADDED), kl_batches)

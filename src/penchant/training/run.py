@@ -20,6 +20,7 @@ from penchant.scoring.policy import Policy
 from penchant.scoring.reference import Reference
 from penchant.training import hardware
 from penchant.training.datasets import Rows, plain_text
+from penchant.training.describe import describe, expected_cost, layout_sentence, num_parameters
 from penchant.training.identity import check_identity
 from penchant.training.judgements import write_judgements
 from penchant.training.logger import RunLog, count
@@ -32,7 +33,7 @@ from penchant.training.rundir import (
     write_json_lines,
     write_text,
 )
-from penchant.training.setup import Setup, expected_cost, layout_sentence, make_reference, num_parameters, set_up
+from penchant.training.setup import Setup, make_reference, set_up
 from penchant.training.shared import Shared
 from penchant.types import Example, TokenizedExample
 
@@ -97,6 +98,7 @@ def execute(
     run_dir = choose_run_dir(config)
     check_run_dir(run_dir, overwrite)
     setup = set_up(config, log, data, eval_data, policy, shared)
+    describe(setup, log)
     open_run_dir(run_dir, overwrite)
     log.keep_in(run_dir)
     write_text(
@@ -139,6 +141,7 @@ def dry_run(config: RunConfig, log: RunLog | None = None, num_rows: int = 2) -> 
     """
     log = log or RunLog()
     setup = set_up(config, log)
+    describe(setup, log)
     tokenizer = setup.policy.tokenizer
     rows = []
     for example in setup.datasets.train.examples[:num_rows]:

@@ -1,4 +1,4 @@
-"""Before the first step: data, model, layout and reference of a run, and what people are told of them."""
+"""Before the first step: data, model, layout and reference of a run."""
 
 from __future__ import annotations
 
@@ -10,7 +10,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
 
 from penchant.config import ReferenceConfig, RunConfig
 from penchant.data import loader
@@ -20,7 +19,6 @@ from penchant.errors import UserError
 from penchant.losses import Loss, build_loss
 from penchant.models.adapters import add_lora
 from penchant.models.load import weights_sha256
-from penchant.models.logps import builds_full_logits
 from penchant.scoring.layout import Layout, choose_layout, trouble_with_sharing
 from penchant.scoring.policy import Policy
 from penchant.scoring.reference import AdapterOff, FrozenModel, LogpsCache, Precomputed, Reference
@@ -35,11 +33,9 @@ from penchant.training.datasets import (
     split_heldout,
     tokenize_datasets,
 )
-from penchant.training.estimate import Estimate, estimate_run, measure
-from penchant.training.logger import RunLog, count, duration
-from penchant.training.schedule import eval_interval, num_steps
+from penchant.training.logger import RunLog
+from penchant.training.schedule import num_steps
 from penchant.training.shared import Shared
-from penchant.training.step import trainable_parameters
 from penchant.types import Batch, TokenizedExample
 
 
@@ -111,7 +107,7 @@ def set_up(
     policy: Policy | None = None,
     shared: Shared | None = None,
 ) -> Setup:
-    """Reads data and model, says what was found, and refuses what cannot work before anything is written."""
+    """Reads data and model, and refuses what cannot work before anything is written."""
     _refuse_several_processes()
     shared = shared or Shared()
     loss = build_loss(config.loss_settings())
@@ -157,7 +153,7 @@ def set_up(
             config.lora.target_modules,
         )
         policy = Policy(adapted, policy.tokenizer, policy.precision)
-    setup = Setup(
+    return Setup(
         config=config,
         loss=loss,
         policy=policy,
@@ -168,8 +164,6 @@ def set_up(
         shared=shared,
         heldout_mismatched=_heldout_mismatched(config, loss, datasets),
     )
-    describe(setup, log)
-    return setup
 
 
 def make_reference(setup: Setup, log: RunLog) -> Reference | None:
@@ -199,98 +193,6 @@ def make_reference(setup: Setup, log: RunLog) -> Reference | None:
     with log.progress("reference", len(examples)) as meter:
         cache.fill(source, setup.layout.batches(examples, 2 * setup.max_tokens), meter.advance)
     return Precomputed(cache, is_start_of_policy=source is policy)
-
-
-def expected_cost(setup: Setup) -> Estimate:
-    """Time and memory that the run will take."""
-    config, layout = setup.config, setup.layout
-    train_examples, heldout_examples = setup.datasets.train.examples, setup.datasets.heldout.examples
-    looked_at = min(setup.steps, 50)  # a run may be long; its batches resemble each other
-    drawn = list(islice(setup.draws(), looked_at))
-    parts = [part for draw in drawn for part in layout.parts(draw.examples, setup.max_tokens)]
-    learned = sum(map(layout.cost, parts)) / looked_at * setup.steps
-    mismatched = sum(layout.cost([e]) for draw in drawn for e in draw.mismatched) / looked_at * setup.steps
-    heldout = sum(map(layout.cost, layout.parts(heldout_examples, 2 * setup.max_tokens)))
-    heldout += sum(layout.cost([example]) for example in setup.heldout_mismatched)
-    scored = float(heldout * (2 + (setup.steps - 1) // eval_interval(config, setup.steps))) + mismatched
-    if setup.reference_kind == "precomputed":
-        scored += heldout + mismatched + learned / max(1.0, setup.steps / setup.steps_per_epoch)
-    elif setup.reference_kind != "none":
-        scored += scored + learned
-    if "whole_batch" in setup.loss.needs and len(parts) > len(drawn):
-        scored += learned  # the first of the two passes
-    arithmetic = (setup.base_sha256, config.lora.rank, layout.name, setup.policy.precision, str(setup.policy.device))
-    speed = setup.shared.once(
-        ("speed", arithmetic, _tokenization(config, setup.loss)),
-        lambda: measure(setup.policy, layout, train_examples),
-    )
-    has_copy = setup.reference_kind in ("copy", "model")
-    return estimate_run(setup.policy, speed, learned, scored, max(map(layout.cost, parts)), has_copy)
-
-
-def describe(setup: Setup, log: RunLog) -> None:
-    """Says what was found and what will be done."""
-    config, policy, findings = setup.config, setup.policy, setup.datasets.findings
-    log.say("data", _data_sentence(findings["train"]))
-    for example in findings["train"]["examples"][:3]:
-        log.say("", example)
-    nothing = "nothing: nobody will see whether what is learned carries over (eval_data, eval_size)"
-    log.say("held out", _data_sentence(findings["eval"]) if findings["eval"] else nothing)
-    trainable, total = num_parameters(policy.model)
-    trained = "all trained" if trainable == total else f"{trainable / 1e6:.2f}M trained (LoRA rank {config.lora.rank})"
-    arithmetic = f"{policy.precision} on {policy.device}"
-    log.say("model", f"{short_path(config.model)}: {total / 1e6:.1f}M parameters, {trained}; {arithmetic}")
-    if policy.precision == "bf16" and not hardware.multiplies_bf16(policy.device):
-        log.event("warn", "slow-bf16", "dtype: this machine has no bf16 arithmetic; float32 is far faster here", 0)
-    log.say("method", f"{config.method}: {setup.loss}")
-    log.say("layout", layout_sentence(setup))
-    cost = expected_cost(setup)
-    examples, unit = min(config.batch_size, len(setup.datasets.train.examples)), findings["train"]["unit"]
-    log.say(
-        "plan",
-        f"{count(setup.steps, 'step')} of {count(examples, unit)} at learning rate {config.peak_learning_rate():g}; "
-        f"about {duration(cost.seconds)} and {cost.memory_bytes / 2**30:.1f} GiB expected",
-    )
-
-
-def layout_sentence(setup: Setup) -> str:
-    """The layout and why."""
-    sentence = f"{setup.layout.reason}; up to {setup.max_tokens} tokens at once"
-    if builds_full_logits(setup.policy.model):
-        return sentence + "; this model's head is not a plain projection, so it builds logits for every position"
-    return sentence
-
-
-def num_parameters(model: nn.Module) -> tuple[int, int]:
-    """Trained parameters, and all."""
-    return (
-        sum(parameter.numel() for parameter in trainable_parameters(model)),
-        sum(parameter.numel() for parameter in model.parameters()),
-    )
-
-
-def short_path(path: str) -> str:
-    """The last part of a path; a hub id stays whole."""
-    return Path(path).name if Path(path).exists() else path
-
-
-def _data_sentence(data: dict[str, Any]) -> str:
-    families = ", ".join(data["families"])
-    dropped = sum(data["dropped"].values())
-    reasons = "; ".join(f"{rows} {reason}" for reason, rows in data["dropped"].items())
-    lengths = ", ".join(f"{name} {v['mean']:.0f}" for name, v in data["lengths"].items())
-    return (
-        f"{count(data['used'], data['unit'])} from {short_path(data['path'])} ({families})"
-        + (f"; {dropped} left out ({reasons})" if dropped else "")
-        + (f"; {data['truncated']} cut at max_length" if data["truncated"] else "")
-        + f"; mean tokens: {lengths}"
-        + (f"; {data['desirable']} desirable" if data["desirable"] is not None else "")
-        + (
-            f"; the longer answer is the better one in {data['longer_wins']:.1%}"
-            if data["longer_wins"] is not None
-            else ""
-        )
-    )
 
 
 def _as_configured(policy: Policy, config: RunConfig) -> Policy:
