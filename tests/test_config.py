@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import pytest
+import yaml
 
 from penchant.config import METHODS, RunConfig, config_from, load_config, option_names, parse_value
 from penchant.errors import UserError
-from penchant.losses import build_loss
+from penchant.losses import LOSSES, DPOLoss, SFTLoss, WeightedSum, build_loss
 
 
 @pytest.mark.parametrize(
@@ -40,15 +42,26 @@ def test_options_win_over_the_run_file_and_leave_the_rest(tmp_path: Path) -> Non
 
 def test_what_is_written_is_read_back_the_same() -> None:
     config = config_from({"model": "m", "data": "d", "method": "ipo", "lora": {"rank": 3}, "loss": {"beta": 0.3}})
-    import yaml
-
     assert config_from(yaml.safe_load(config.to_yaml())) == config
 
 
 @pytest.mark.parametrize("method", METHODS)
 def test_every_method_builds_a_loss(method: str) -> None:
-    config = RunConfig(model="m", data="d", method=method)
-    assert build_loss(config.loss_settings()).name == METHODS[method]["name"]
+    loss = build_loss(RunConfig(model="m", data="d", method=method).loss_settings())
+    given, made = METHODS[method], loss.settings()
+    if "name" in given:
+        assert {key: made[key] for key in given} == given
+    else:
+        assert loss.name == " + ".join(given)
+        for name, fields in given.items():
+            assert {key: made[name][key] for key in fields} == fields
+
+
+def test_every_loss_is_a_method_by_its_own_name_and_every_method_is_made_of_losses() -> None:
+    assert {name for name, settings in METHODS.items() if settings == {"name": name}} == set(LOSSES)
+    for method, settings in METHODS.items():
+        named = {settings["name"]} if "name" in settings else set(settings)
+        assert named <= set(LOSSES), method
 
 
 def test_another_loss_than_the_methods_takes_none_of_its_settings() -> None:
@@ -64,3 +77,84 @@ def test_every_option_has_a_sentence_of_help() -> None:
 def test_a_section_that_is_a_value_is_refused() -> None:
     with pytest.raises(UserError, match=r"lora\.rank: 'lora' is a value"):
         load_config(None, {"model": "m", "data": "d", "lora": 3, "lora.rank": 4})
+
+
+def loss_of(**settings: Any) -> Any:
+    return build_loss(config_from({"model": "m", "data": "d", **settings}).loss_settings())
+
+
+def test_settings_of_the_terms_of_a_sum_come_on_top_of_the_methods() -> None:
+    assert loss_of(method="rpo") == WeightedSum(((1.0, DPOLoss(0.1)), (1.0, SFTLoss("sequence"))))
+    assert loss_of(method="rpo", loss={"sft": {"weight": 0.25}}) == WeightedSum(
+        ((1.0, DPOLoss(0.1)), (0.25, SFTLoss("sequence")))
+    )
+    assert loss_of(method="rpo", loss={"dpo": {"beta": 0.5, "weight": 3}, "sft": {"per": "token"}}) == WeightedSum(
+        ((3.0, DPOLoss(0.5)), (1.0, SFTLoss("token")))
+    )
+
+
+def test_a_sum_may_gain_a_term_and_may_replace_a_method_that_is_none() -> None:
+    assert loss_of(method="rpo", loss={"nca": {"weight": 2}}).name == "dpo + sft + nca"
+    assert loss_of(method="ipo", loss={"slic": {}, "sft": {"weight": 0.1}}).name == "slic + sft"
+    assert loss_of(method="rpo", loss={"name": "ipo"}).name == "ipo"
+
+
+def test_dotted_options_reach_the_terms_of_a_sum() -> None:
+    config = load_config(None, {"model": "m", "data": "d", "method": "rpo", "loss.sft.weight": 0.5})
+    assert config.loss_settings() == {"dpo": {"beta": 0.1}, "sft": {"weight": 0.5, "per": "sequence"}}
+
+
+@pytest.mark.parametrize("method", ["rpo", "dpo", "kto"])
+@pytest.mark.parametrize("loss", [{"dpo": {"beta": 0.3}, "sft": {"weight": 0.5}}, {"name": "ipo", "beta": 0.2}, {}])
+def test_the_run_file_that_is_written_builds_the_same_loss(method: str, loss: dict[str, Any]) -> None:
+    config = config_from({"model": "m", "data": "d", "method": method, "loss": loss})
+    made = build_loss(config.loss_settings())
+    again = config_from(yaml.safe_load(config.to_yaml(loss=made.settings())))
+    assert build_loss(again.loss_settings()) == made
+
+
+@pytest.mark.parametrize(
+    ("method", "loss", "sentence"),
+    [
+        (
+            "rpo",
+            {"beta": 0.2},
+            r"loss\.beta: this loss is a sum \(of dpo, sft\); say of which loss, as in loss\.dpo\.beta",
+        ),
+        ("rpo", {"sft": {"wieght": 1}}, r"loss\.sft\.wieght: the loss 'sft' has no such setting"),
+        ("rpo", {"dpo": {"betta": 1}}, r"loss\.dpo\.betta: .*did you mean 'beta'"),
+        ("rpo", {"sft": {"weight": "much"}}, r"loss\.sft\.weight: expected float, got 'much'"),
+        ("rpo", {"sft": {"per": "word"}}, r"loss\.sft\.per: must be token or sequence, got word"),
+        ("rpo", {"sfft": {}}, r"there is no loss 'sfft'; did you mean 'sft'"),
+        ("rpo", {"kto": {}}, r"judge different things \(dpo: pair, sft: pair or unpaired, kto: unpaired\)"),
+        ("dpo", {"sft": {"weight": 1}, "beta": 0.2}, r"loss\.sft: the loss 'dpo' has no such setting"),
+    ],
+    ids=str,
+)
+def test_a_wrong_key_in_a_sum_is_named(method: str, loss: dict[str, Any], sentence: str) -> None:
+    with pytest.raises(UserError, match=sentence):
+        loss_of(method=method, loss=loss)
+
+
+@pytest.mark.parametrize(
+    ("settings", "sentence"),
+    [
+        ({"warmup_steps": 0, "warmup_ratio": 0.0}, "warmup_ratio: has no effect with warmup_steps"),
+        ({"optimizer": "rmsprop", "adam_beta1": 0.0}, "adam_beta1, adam_beta2: have no effect with optimizer rmsprop"),
+        ({"num_samples": 0, "sample_max_new_tokens": 3}, "sample_max_new_tokens: has no effect with num_samples 0"),
+        ({"adam_beta2": 1.0}, "adam_beta2: "),
+        ({"warmup_steps": -1}, "warmup_steps: "),
+        ({"lr_scheduler": "polynomial"}, "lr_scheduler: "),
+        ({"optimizer": "sgd"}, "optimizer: "),
+        ({"pairs_from_rankings": "some"}, "pairs_from_rankings: "),
+    ],
+    ids=str,
+)
+def test_options_that_do_not_fit_are_refused(settings: dict[str, Any], sentence: str) -> None:
+    with pytest.raises(UserError, match=sentence):
+        config_from({"model": "m", "data": "d", **settings})
+
+
+def test_options_at_their_defaults_are_no_trouble_to_the_ones_that_rule_them_out() -> None:
+    defaults = {"warmup_ratio": 0.1, "adam_beta1": 0.9, "adam_beta2": 0.999, "sample_max_new_tokens": 128}
+    config_from({"model": "m", "data": "d", "warmup_steps": 5, "optimizer": "rmsprop", "num_samples": 0, **defaults})

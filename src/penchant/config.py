@@ -169,6 +169,8 @@ class RunConfig(_Section):
             raise ValueError(f"adam_beta1, adam_beta2: have no effect with optimizer {self.optimizer}")
         if not self.num_samples and self.sample_max_new_tokens != self._default("sample_max_new_tokens"):
             raise ValueError("sample_max_new_tokens: has no effect with num_samples 0")
+        if self.eval_steps and not self.eval_data and not self.eval_size:
+            raise ValueError("eval_steps: has no effect without held-out rows (eval_data, eval_size)")
         if self.eval_data and self.eval_size not in (0, self._default("eval_size")):
             raise ValueError("eval_size: has no effect with eval_data")
         return self
@@ -185,7 +187,10 @@ class RunConfig(_Section):
 
     def peak_learning_rate(self) -> float:
         """`learning_rate`, or the method's default for full weights or LoRA."""
-        return self.learning_rate or _RATES.get(self.method, 5e-7) * (10 if self.lora.rank else 1)
+        default = _RATES.get(self.method, 5e-7)
+        if self.lora.rank:
+            default = float(f"{10 * default:g}")  # 10 * 5e-7 is 4.9999999999999996e-06, which no run file should say
+        return self.learning_rate or default
 
     def _default(self, key: str) -> Any:
         return type(self).model_fields[key].default

@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import json
+import math
+from collections.abc import Sequence
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +13,7 @@ import pytest
 import torch
 
 import penchant
+from penchant.losses import build_loss
 from penchant.scoring.policy import Policy
 
 from ..conftest import WORDS
@@ -20,12 +24,16 @@ METRICS = {
 }  # fmt: skip
 
 
+def some_words(number: int, generator: torch.Generator) -> str:
+    return " ".join(WORDS[i] for i in torch.randint(0, len(WORDS), (number,), generator=generator).tolist())
+
+
 def rows(number: int = 12, seed: int = 0) -> list[dict[str, Any]]:
     """Chosen answers speak of cats, rejected ones of dogs."""
     generator = torch.Generator().manual_seed(seed)
 
     def some(n: int) -> str:
-        return " ".join(WORDS[i] for i in torch.randint(0, len(WORDS), (n,), generator=generator).tolist())
+        return some_words(n, generator)
 
     return [
         {
@@ -34,6 +42,33 @@ def rows(number: int = 12, seed: int = 0) -> list[dict[str, Any]]:
             "rejected": [{"role": "assistant", "content": "a dog " + some(1 + (i + 1) % 4)}],
         }
         for i in range(number)
+    ]
+
+
+def single_rows(number: int = 12, seed: int = 0, labels: Sequence[bool | None] = (True, False)) -> list[dict[str, Any]]:
+    """Desirable answers speak of cats, the others of dogs; every prompt has one answer."""
+    made = []
+    for place, row in enumerate(rows(number, seed)):
+        label = labels[place % len(labels)]
+        completion = row["rejected" if label is False else "chosen"]
+        made.append({"prompt": row["prompt"], "completion": completion, "label": label})
+    return made
+
+
+def ranked_rows(number: int = 12, seed: int = 0) -> list[dict[str, Any]]:
+    """The best of three answers speaks of cats, the worst of dogs; they stand in the row in another order."""
+    generator = torch.Generator().manual_seed(seed + 100)
+    return [
+        {
+            "prompt": row["prompt"],
+            "completions": [
+                "two trees " + some_words(2, generator),
+                row["rejected"][0]["content"],
+                row["chosen"][0]["content"],
+            ],
+            "scores": [3.0, 1.0, 4.0],
+        }
+        for row in rows(number, seed)
     ]
 
 
@@ -57,9 +92,27 @@ def train(model_folder: Path, tmp_path: Path, **settings: Any) -> Any:
     return penchant.train(**{"model": str(model_folder), **defaults, **settings})
 
 
+def train_unseen(model_folder: Path, tmp_path: Path, **settings: Any) -> Any:
+    """Without held-out examples and without samples."""
+    plain = {"eval_data": None, "eval_size": 0, "num_samples": 0, "sample_max_new_tokens": 128}
+    return train(model_folder, tmp_path, **{**plain, **settings})
+
+
 def metrics_of(run_dir: Path) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
     records = [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text().splitlines()]
     return [r for r in records if "loss" in r], [r for r in records if "eval_loss" in r]
+
+
+def losses_of(result: Any) -> list[float]:
+    return [record["loss"] for record in metrics_of(result.run_dir)[0]]
+
+
+def findings_of(result: Any) -> dict[str, Any]:
+    return json.loads((result.run_dir / "data.json").read_text())
+
+
+def lines_of(path: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in path.read_text().splitlines()]
 
 
 def test_a_run_learns_and_writes_everything(model_folder: Path, tmp_path: Path) -> None:
@@ -81,7 +134,7 @@ def test_a_run_learns_and_writes_everything(model_folder: Path, tmp_path: Path) 
     }  # fmt: skip
     assert result.summary["status"] == "finished"
     assert result.summary["steps"] == 12
-    assert result.summary["pairs_seen"] == 48
+    assert result.summary["examples_seen"] == 48
     assert len((result.run_dir / "samples.jsonl").read_text().splitlines()) == 2
     assert len((result.run_dir / "pairs.jsonl").read_text().splitlines()) == 4
 
@@ -136,7 +189,7 @@ def test_a_lora_run_loads_in_plain_peft_and_leaves_the_base_alone(model_folder: 
         {"layout": "padded"},
         {"layout": "prefix_shared"},
         {"microbatch_tokens": 40},
-        {"logging_steps": 1, "num_samples": 0},
+        {"logging_steps": 1, "num_samples": 0, "sample_max_new_tokens": 128},
     ],
     ids=str,
 )
@@ -261,7 +314,7 @@ BAD = [
     ({"data": "nowhere.jsonl"}, "there is no such file"),
     ({"model": "./nowhere"}, "there is no folder"),
     ({"method": "dppo"}, "did you mean 'dpo'"),
-    ({"loss": "dop"}, "did you mean 'dpo'"),
+    ({"loss": "simop"}, "did you mean 'simpo'"),
     ({"loss": {"betta": 1}}, "did you mean 'beta'"),
     ({"loss": {"beta": -1}}, "above 0"),
     ({"loss": {"beta": "high"}}, "expected float"),
@@ -275,16 +328,48 @@ BAD = [
     ({"reference": {"offload": True}}, "only a reference of kind copy or model"),
     ({"eval_size": 4}, "no effect with eval_data"),
     ({"device": "gpu7"}, "not usable here"),
-    ({"max_length": 4}, "no pair is left"),
+    ({"max_length": 4}, "no row is left"),
     ({"max_length": 24, "truncation": "error"}, "max_length is 24"),
     ({"chat_template": "nowhere.jinja"}, "cannot be read"),
     ({"data": [{"prompt": "a", "chosen": "b"}] * 4}, r"data\[0\].*rejected"),
     ({"data": [{"prompt": "a", "chosen": "b", "rejected": "b"}] * 4}, "identical"),
     ({"data": [{"prompt": "a", "chosen": " ", "rejected": "b"}] * 4}, "empty"),
+    ({"method": "rpo", "loss": {"beta": 0.2}}, r"loss\.beta: this loss is a sum \(of dpo, sft\)"),
+    ({"warmup_steps": 3, "warmup_ratio": 0.2}, "warmup_ratio: has no effect with warmup_steps"),
+    ({"optimizer": "rmsprop", "adam_beta1": 0.8}, "no effect with optimizer rmsprop"),
+    ({"optimizer": "rmsprop", "adam_beta2": 0.95}, "no effect with optimizer rmsprop"),
+    ({"num_samples": 0}, "sample_max_new_tokens: has no effect with num_samples 0"),
+    ({"pairs_from_rankings": "all"}, "pairs_from_rankings: has no effect: there are no rankings in the data"),
+    ({"pairs_from_rankings": "all", "method": "kto"}, "pairs_from_rankings: has no effect: 'kto' takes no pairs"),
+    ({"pairs_from_rankings": "best_rest", "method": "pl-dpo", "data": ranked_rows()}, "'pl-dpo' takes no pairs"),
+    ({"method": "simpo", "reference": {"kind": "copy"}}, "reference: the loss 'simpo' uses no reference"),
+    ({"method": "simpo", "reference": {"kind": "adapter_off"}, "lora": {"rank": 2}}, "'simpo' uses no reference"),
+    ({"method": "sft", "reference": {"model": "m"}}, "'sft' uses no reference"),
+    ({"method": "odpo"}, r"'odpo' needs margin for every pair; data\[0\] has none"),
+    ({"method": "odpo", "data": [{**row, "margin": 1.0} for row in rows()]}, r"eval_data\[0\] has none"),
+    (
+        {"method": "odpo", "data": [{**row, "margin": 1 if i != 5 else None} for i, row in enumerate(rows())]},
+        r"data\[5\]",
+    ),
+    ({"method": "sppo-soft"}, r"'sppo' needs win_probabilities for every pair; data\[0\] has none"),
+    ({"method": "kto", "data": single_rows(labels=[True, False, None])}, r"data\[2\].*\[D13\].*no label"),
+    ({"method": "dpo", "data": single_rows()}, r"data\[0\].*\[U01\].*no undesirable completion"),
+    ({"method": "dpo", "data": single_rows(labels=[None])}, r"data\[0\].*\[U06\].*no label"),
+    ({"method": "kto", "data": ranked_rows()}, r"data\[0\].*\[U05\]"),
+    ({"method": "pl-dpo", "data": single_rows()}, r"data\[0\].*\[U04\]"),
+    ({"method": "pl-dpo", "data": [{**ranked_rows(1)[0], "scores": [1, 1, 2]}]}, r"data\[0\].*\[U03\].*equal scores"),
+    (
+        {"method": "kto", "data": [{**row, "prompt": "a"} for row in single_rows()], "eval_data": None},
+        "'kto' estimates a KL divergence: .*one prompt only",
+    ),
+    (
+        {"method": "kto", "data": [{**row, "prompt": "a"} for row in single_rows()], "eval_data": single_rows(4, 1)},
+        "'kto' estimates a KL divergence: .*one prompt only",
+    ),
 ]
 
 
-@pytest.mark.parametrize(("settings", "sentence"), BAD, ids=str)
+@pytest.mark.parametrize(("settings", "sentence"), BAD, ids=lambda given: str(given)[:50])
 def test_what_cannot_work_is_refused_in_a_sentence_and_writes_nothing(
     settings: dict[str, Any], sentence: str, model_folder: Path, tmp_path: Path
 ) -> None:
@@ -381,3 +466,230 @@ def test_bf16_starts_near_log_two_and_learns(model_folder: Path, tmp_path: Path)
 def test_a_policy_in_hand_takes_the_arithmetic_of_the_run(model_folder: Path, tmp_path: Path) -> None:
     policy = Policy.from_pretrained(str(model_folder))
     assert train(model_folder, tmp_path, model=policy, dtype="bf16", max_steps=1).summary["dtype"] == "bf16"
+
+
+# Every kind of data under every kind of loss.
+
+LOG_TWO = math.log(2)
+LEARNED: list[tuple[str, dict[str, Any], str, str, float]] = [
+    ("kto", {"data": single_rows(), "eval_data": single_rows(4, 1)}, "completion", "completion", 0.5),
+    ("kto", {}, "completion", "pair", 0.5),
+    ("bco", {"data": single_rows(), "eval_data": rows(4, seed=1)}, "completion", "pair", LOG_TWO),
+    (
+        "dpo",
+        {"data": [{**r, "label": good} for good in (True, False) for r in single_rows(labels=[good])]},
+        "pair",
+        "pair",
+        LOG_TWO,
+    ),
+    ("pl-dpo", {"data": ranked_rows(), "eval_data": ranked_rows(4, 1)}, "ranking", "ranking", math.log(6)),
+    ("pl-dpo", {}, "ranking", "ranking", LOG_TWO),
+    ("dpo", {"data": ranked_rows()}, "pair", "pair", LOG_TWO),
+    ("aot", {"microbatch_tokens": 40}, "pair", "pair", LOG_TWO),
+]
+
+
+@pytest.mark.parametrize(
+    ("method", "settings", "unit", "eval_unit", "at_reference"),
+    LEARNED,
+    ids=[f"{method}, {list(settings)}, {unit}" for method, settings, unit, _, _ in LEARNED],
+)
+def test_every_unit_of_data_is_learned(
+    method: str,
+    settings: dict[str, Any],
+    unit: str,
+    eval_unit: str,
+    at_reference: float,
+    model_folder: Path,
+    tmp_path: Path,
+) -> None:
+    result = train(model_folder, tmp_path, method=method, **settings)
+    trained, evaluated = metrics_of(result.run_dir)
+    assert trained[0]["loss"] == pytest.approx(at_reference, rel=1e-4)
+    assert evaluated[0]["eval_loss"] == pytest.approx(at_reference, rel=1e-4)
+    assert trained[-1]["loss"] < 0.9 * at_reference
+    assert evaluated[-1]["eval_rewards/accuracies"] > 0.9 > evaluated[0]["eval_rewards/accuracies"]
+    assert evaluated[-1]["eval_rewards/margins"] > 0
+    findings = findings_of(result)
+    assert (findings["train"]["unit"], findings["eval"]["unit"]) == (unit, eval_unit)
+    file = "completions.jsonl" if eval_unit == "completion" else "pairs.jsonl"
+    assert len(lines_of(result.run_dir / file)) == 4
+
+
+def test_sft_learns_from_completions_that_nobody_judged(model_folder: Path, tmp_path: Path) -> None:
+    data, held = single_rows(labels=[None]), single_rows(4, 1, labels=[None])
+    result = train(model_folder, tmp_path, method="sft", data=data, eval_data=held, learning_rate=1e-2)
+    trained, evaluated = metrics_of(result.run_dir)
+    assert trained[-1]["loss"] < 0.8 * trained[0]["loss"]
+    assert evaluated[-1]["eval_loss"] < evaluated[0]["eval_loss"]
+    assert result.summary["reference"] == "none"
+    assert {"rewards/accuracies", "kl", "rewards/rejected"} & set(trained[0]) == set()
+    records = lines_of(result.run_dir / "completions.jsonl")
+    assert [record["desirable"] for record in records] == [None] * 4
+    assert records[0]["completion"] == held[0]["completion"][0]["content"]
+    start, policy = (Policy.from_pretrained(str(f)) for f in (model_folder, result.run_dir / "model"))
+    assert records[0]["reward"] == pytest.approx(mean_logp(policy, held[0], "completion"), rel=1e-4)
+    per_token = sum(evaluated[0]["eval_loss"] * record["length"] for record in records)
+    total = -sum(mean_logp(start, row, "completion") * r["length"] for row, r in zip(held, records, strict=True))
+    assert per_token == pytest.approx(total, rel=1e-4)
+
+
+def mean_logp(policy: Policy, row: dict[str, Any], side: str) -> float:
+    """log pi(answer | prompt) per token of the answer and its end."""
+    answer = row[side][0]["content"]
+    num_tokens = len(policy.tokenizer(answer + "<|im_end|>").input_ids)
+    return policy.log_prob([row["prompt"]], [answer]).item() / num_tokens
+
+
+@pytest.mark.parametrize(
+    ("pairs_from_rankings", "margins"), [("best_worst", [3]), ("best_rest", [1, 3]), ("all", [1, 3, 2])]
+)
+def test_rankings_become_the_pairs_that_were_asked_for(
+    pairs_from_rankings: str, margins: list[int], model_folder: Path, tmp_path: Path
+) -> None:
+    # odpo at the reference is log(1 + exp(margin)), and the margins of the data are the differences of the scores.
+    settings = {"pairs_from_rankings": pairs_from_rankings, "method": "odpo", "batch_size": 36, "max_steps": 1}
+    result = train_unseen(model_folder, tmp_path, data=ranked_rows(), **settings)
+    expected = sum(math.log1p(math.exp(margin)) for margin in margins) / len(margins)
+    assert losses_of(result) == pytest.approx([expected], rel=1e-4)
+    assert findings_of(result)["train"]["used"] == 12 * len(margins)
+
+
+def test_the_weight_column_weighs(model_folder: Path, tmp_path: Path) -> None:
+    data = rows(4)
+    weighted = [{**row, "weight": weight} for row, weight in zip(data, [1.0, 5.0, 0.5, 1.0], strict=True)]
+    policy = Policy.from_pretrained(str(model_folder))
+    likelihoods = [mean_logp(policy, row, "chosen") for row in data]
+    settings = {"method": "sft", "loss": {"per": "sequence"}, "max_steps": 2, "learning_rate": 1e-2}
+    plain = train_unseen(model_folder, tmp_path / "plain", data=data, **settings)
+    found = train_unseen(model_folder, tmp_path / "weighted", data=weighted, **settings)
+    expected = -(likelihoods[0] + 5 * likelihoods[1] + 0.5 * likelihoods[2] + likelihoods[3]) / 7.5
+    assert losses_of(plain)[0] == pytest.approx(-sum(likelihoods) / 4, rel=1e-4)
+    assert losses_of(found)[0] == pytest.approx(expected, rel=1e-4)
+    gained = [
+        mean_logp(Policy.from_pretrained(str(run.run_dir / "model")), data[1], "chosen") - likelihoods[1]
+        for run in (plain, found)
+    ]
+    assert gained[1] > gained[0] > 0
+
+
+# KTO, whose estimate of the KL divergence goes through all of a run.
+
+
+def test_kto_has_the_same_losses_whatever_the_reference_the_layout_and_the_microbatches(
+    model_folder: Path, tmp_path: Path
+) -> None:
+    whole: dict[str, Any] = {"method": "kto", "data": single_rows(7), "num_train_epochs": 3, "learning_rate": 1e-2}
+    lora = {"lora": {"rank": 4}}
+    cases = {
+        "precomputed": {},
+        "copy": {"reference": {"kind": "copy"}},
+        "padded": {"layout": "padded"},
+        "cut": {"microbatch_tokens": 30},
+        "adapter_off": lora,
+        "adapter, precomputed": {**lora, "reference": {"kind": "precomputed"}},
+        "adapter, copy": {**lora, "reference": {"kind": "copy", "offload": True}},
+    }
+    losses = {
+        name: losses_of(train_unseen(model_folder, tmp_path / name, **whole, **settings))
+        for name, settings in cases.items()
+    }
+    for name in ("copy", "padded", "cut"):
+        assert losses[name] == pytest.approx(losses["precomputed"], rel=1e-3), name
+    for name in ("adapter, precomputed", "adapter, copy"):
+        assert losses[name] == pytest.approx(losses["adapter_off"], rel=1e-3), name
+    for name in ("precomputed", "adapter_off"):
+        assert losses[name][0] == pytest.approx(0.5, abs=1e-4)
+        assert all(abs(one - other) > 1e-3 for one, other in pairwise(losses[name][1:]))
+
+
+def test_the_first_estimate_of_kto_is_that_of_the_next_prompts_answers(model_folder: Path, tmp_path: Path) -> None:
+    """At a reference of other weights: loss and estimate from the texts, one by one."""
+    from penchant.data.loader import epoch_order
+
+    from ..conftest import make_tiny_model
+
+    data, other = single_rows(5), tmp_path / "other"
+    make_tiny_model(seed=5).save_pretrained(other)
+    policy = Policy.from_pretrained(str(model_folder))
+    policy.tokenizer.save_pretrained(other)
+    ref = Policy.from_pretrained(str(other))
+    settings = {"method": "kto", "reference": {"model": str(other)}, "batch_size": 2, "max_steps": 1}
+    result = train_unseen(model_folder, tmp_path, data=data, **settings)
+
+    def log_ratio(row: dict[str, Any], answered: dict[str, Any]) -> float:
+        return (each := ([row["prompt"]], [answered["completion"]])) and (
+            policy.log_prob(*each).item() - ref.log_prob(*each).item()
+        )
+
+    ordered = [data[place] for place in epoch_order(5, seed=0, epoch=0)]
+    estimate = max(0.0, sum(log_ratio(ordered[place], ordered[place + 1]) for place in (0, 1)) / 2)
+    surpluses = [(0.1 * (log_ratio(row, row) - estimate)) * (1 if row["label"] else -1) for row in ordered[:2]]
+    assert losses_of(result)[0] == pytest.approx(sum(1 / (1 + math.exp(s)) for s in surpluses) / 2, rel=1e-4)
+    assert estimate > 0.1
+
+
+def test_kto_works_one_completion_at_a_time_and_with_one_class_alone(model_folder: Path, tmp_path: Path) -> None:
+    one_by_one = train_unseen(model_folder, tmp_path / "a", method="kto", data=single_rows(6), batch_size=1)
+    assert len(losses_of(one_by_one)) == 24
+    assert losses_of(one_by_one)[0] == pytest.approx(0.5, abs=1e-4)
+    for label in (True, False):
+        result = train_unseen(
+            model_folder, tmp_path / str(label), method="kto", data=single_rows(6, labels=[label]), num_train_epochs=2
+        )
+        trained, _ = metrics_of(result.run_dir)
+        rewards = "rewards/chosen" if label else "rewards/rejected"
+        assert (trained[-1][rewards] > 0) == label
+        assert "rewards/accuracies" not in trained[-1]
+        assert [record["desirable"] for record in lines_of(result.run_dir / "completions.jsonl")] == [label] * 6
+
+
+def test_kto_without_held_out_examples_judges_those_it_was_trained_on(model_folder: Path, tmp_path: Path) -> None:
+    result = train_unseen(model_folder, tmp_path, method="kto", data=single_rows())
+    assert metrics_of(result.run_dir)[1] == []
+    records = lines_of(result.run_dir / "completions.jsonl")
+    assert {record["split"] for record in records} == {"train"}
+    assert {record["prompt"] for record in records} == {row["prompt"][0]["content"] for row in single_rows()}
+    rewards = {label: [r["reward"] for r in records if r["desirable"] is label] for label in (True, False)}
+    assert min(rewards[True]) > max(rewards[False])
+
+
+def test_held_out_prompts_that_are_all_the_same_take_completions_of_the_training_examples(
+    model_folder: Path, tmp_path: Path
+) -> None:
+    held = [{**row, "prompt": single_rows(1, 7)[0]["prompt"]} for row in single_rows(3, seed=1)]
+    result = train(model_folder, tmp_path, method="kto", data=single_rows(), eval_data=held)
+    evaluated = metrics_of(result.run_dir)[1]
+    assert evaluated[0]["eval_loss"] == pytest.approx(0.5, abs=1e-4)
+    assert evaluated[-1]["eval_loss"] < 0.45
+
+
+def test_kto_is_held_against_its_value_at_the_reference_before_the_first_step(
+    model_folder: Path, tmp_path: Path
+) -> None:
+    settings = {"method": "kto", "data": single_rows(), "max_steps": 1}
+    result = train_unseen(model_folder, tmp_path / "a", **settings)
+    (message,) = [e["message"] for e in lines_of(result.run_dir / "events.jsonl") if e["code"] == "identity"]
+    found, expected = (float(word.rstrip(",")) for word in message.split() if word[0] == "0")
+    assert (found, expected) == (pytest.approx(0.5, abs=1e-4), 0.5)
+
+    policy = Policy.from_pretrained(str(model_folder))
+    policy.model.model.norm.register_forward_hook(
+        lambda module, inputs, output: torch.nn.functional.dropout(output, 0.2, training=module.training)
+    )
+    with pytest.raises(penchant.UserError, match=r"before the first step.*must be 0\.5000.*dropout"):
+        train_unseen(model_folder, tmp_path / "b", model=policy, layout="padded", **settings)
+
+
+def test_prompts_that_are_trained_beside_a_reference_need_none_of_its_numbers(
+    model_folder: Path, tmp_path: Path
+) -> None:
+    loss = {"dpo": {}, "orpo": {"nll_on_prompt": True, "weight": 0.5}}
+    losses = []
+    for kind in ("precomputed", "copy"):
+        result = train_unseen(model_folder, tmp_path / kind, loss=loss, max_steps=3, reference={"kind": kind})
+        losses.append(losses_of(result))
+        assert result.summary["loss"] == build_loss(loss).settings()
+    assert losses[0] == pytest.approx(losses[1], rel=1e-3)
+    assert losses[0][0] > LOG_TWO + 0.5
+    assert losses[0][-1] < losses[0][0]

@@ -13,6 +13,7 @@ from penchant.report import verdict
 from penchant.report.figures import number, percent
 from penchant.report.rundir import RunRecord, as_mapping, read_run, write_whole
 from penchant.report.series import finite
+from penchant.report.settings import loss_doc, loss_text
 
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+", re.ASCII)
 _PATH = re.compile(r"(?<![\w./:])(?:~|[A-Za-z]:)?(?:[\\/]+[^\s\\/'\"`]+)+[\\/]*")
@@ -52,11 +53,13 @@ def _render(run: RunRecord) -> str:
         method=method,
         tag=re.sub(r"[^a-z0-9]+", "-", method.lower()).strip("-"),
         lora=summary.get("lora") is True,
-        loss=_fields(as_mapping(summary.get("loss"))),
-        loss_doc=str(summary.get("loss_doc") or "").replace("`", ""),
+        loss=without_paths(loss_text(as_mapping(summary.get("loss")), method)),
+        loss_doc=loss_doc(summary).replace("`", ""),
         reference=str(summary.get("reference") or "").strip(),
         steps=finite(summary.get("steps")),
-        pairs_seen=finite(summary.get("pairs_seen")),
+        examples_seen=finite(summary.get("examples_seen")),
+        trained=run.unit("train"),
+        measured=run.unit("eval"),
         finished=summary.get("status") == "finished",
         data=[_data_sentence(run, split, title) for split, title in (("train", "Training"), ("eval", "Held-out"))],
         accuracy=accuracy,
@@ -101,45 +104,41 @@ def quoted(text: str) -> str:
     return json.dumps(text, ensure_ascii=False)
 
 
-def _fields(loss: dict[str, Any]) -> str:
-    return ", ".join(
-        f"{key} = {without_paths(value) if isinstance(value, str) else json.dumps(value)}"
-        for key, value in loss.items()
-        if key != "name"
-    )
-
-
 def _data_sentence(run: RunRecord, split: str, title: str) -> str:
     part = run.part(split)
     if not part:
         return ""
-    used, rows = finite(part.get("used")), finite(part.get("rows"))
+    unit = run.unit(split)
+    used, rows, desirable = (finite(part.get(key)) for key in ("used", "rows", "desirable"))
     sentence = f"{title} data: {plain(last_part(str(part.get('path') or 'unnamed')))}"
     if used is not None:
-        sentence += f", {number(used)} pairs" + (f" of {number(rows)} rows" if rows not in (None, used) else "")
+        sentence += f", {unit.counted(used, '')}" + (f" of {number(rows)} rows" if rows not in (None, used) else "")
+        sentence += f", {number(desirable)} of them desirable" if desirable is not None and unit.first else ""
     lengths = as_mapping(part.get("lengths"))
-    medians = [finite(as_mapping(lengths.get(which)).get("median")) for which in ("chosen", "rejected")]
-    if None not in medians:
-        sentence += f"; median length {number(medians[0])} tokens chosen, {number(medians[1])} rejected"
+    medians = {which: finite(as_mapping(of).get("median")) for which, of in lengths.items() if which != "prompt"}
+    if told := [f"{plain(which)} {number(median)}" for which, median in medians.items() if median is not None]:
+        sentence += f"; median length in tokens: {', '.join(told)}"
     share = finite(part.get("longer_wins"))
     if share is not None:
-        sentence += f"; the chosen completion is the longer one in {percent(share)}"
+        sentence += f"; the {unit.first} completion is longer than the {unit.last} one in {percent(share)}"
     return sentence + "."
 
 
 def _results(run: RunRecord, accuracy: verdict.Accuracy | None) -> list[tuple[str, str, str]]:
     rows = []
+    unit = run.unit("eval")
+    of_first, of_last = (f"of the {side} completion".replace("  ", " ") for side in (unit.first, unit.last))
     if accuracy is not None:
         before = percent(None if accuracy.starts_at_reference else accuracy.before)
         after = percent(accuracy.after)
         if accuracy.interval:
             after += " (95% interval {} to {})".format(*map(percent, accuracy.interval))
-        rows.append(("pairs whose chosen completion has the higher reward", before, after))
+        rows.append((f"{unit.couples} whose {unit.better} completion has the higher reward", before, after))
     for label, name in (
         ("loss", "loss"),
         ("reward margin", "rewards/margins"),
-        ("log-probability of the chosen completion, nats", "logps/chosen"),
-        ("log-probability of the rejected completion, nats", "logps/rejected"),
+        (f"log-probability {of_first}, nats", "logps/chosen"),
+        (f"log-probability {of_last}, nats", "logps/rejected"),
         ("KL to the reference on these completions, nats per token", "kl"),
     ):
         measured = verdict.change(run, name)

@@ -1,4 +1,4 @@
-"""Numbers as people read them, and the interval that belongs to a share."""
+"""Numbers as people read them, and the intervals that belong to shares."""
 
 from __future__ import annotations
 
@@ -89,3 +89,23 @@ def wilson_interval(share: Number, num_trials: int, z: float = 1.959964) -> tupl
     middle = (share + z * z / (2 * num_trials)) / shrink
     half = z * math.sqrt(share * (1 - share) / num_trials + (z / (2 * num_trials)) ** 2) / shrink
     return max(0.0, middle - half), min(1.0, middle + half)
+
+
+def roc_interval(area: Number, num_positive: int, num_negative: int, z: float = 1.959964) -> tuple[float, float] | None:
+    """The interval around an area A under the ROC curve: A -+ z SE within [0, 1]; z = 1.96 makes it one of 95 %.
+
+    SE^2 = (A (1 - A) + (n+ - 1)(Q1 - A^2) + (n- - 1)(Q2 - A^2)) / (n+ n-) with Q1 = A / (2 - A) and
+    Q2 = 2 A^2 / (1 + A): Eqs. 1 and 2 of Hanley and McNeil 1982 ("The Meaning and Use of the Area under a Receiver
+    Operating Characteristic (ROC) Curve", Radiology 143). The area is the share of the couples of a positive and a
+    negative one in which the positive one is ahead; SE knows that the couples share their members.
+
+    Returns:
+        None without one of each class, and where A is 0 or 1: there SE is 0, a certainty that few examples do not give.
+    """
+    if min(num_positive, num_negative) < 1 or not 0 < area < 1:
+        return None
+    square = area * area
+    of_positive = (num_positive - 1) * (area / (2 - area) - square)
+    of_negative = (num_negative - 1) * (2 * square / (1 + area) - square)
+    error = math.sqrt((area * (1 - area) + of_positive + of_negative) / (num_positive * num_negative))
+    return max(0.0, area - z * error), min(1.0, area + z * error)

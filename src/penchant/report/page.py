@@ -2,33 +2,34 @@
 
 from __future__ import annotations
 
-import base64
-import hashlib
-import json
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from markupsafe import Markup
 
 from penchant.report import verdict
-from penchant.report.charts import Baseline, Group, Line, histogram, line_chart, swatch
+from penchant.report.charts import Baseline, Line, line_chart, swatch
 from penchant.report.figures import Number, duration, magnitude, number, percent, size
-from penchant.report.rundir import HELD_OUT, PairRewards, RunRecord, as_mapping, read_run, write_whole
+from penchant.report.judgements import judgements
+from penchant.report.render import clip, render_page
+from penchant.report.rundir import HELD_OUT, RunRecord, as_mapping, read_run, write_whole
 from penchant.report.series import Series, finite, spread_evenly
+from penchant.report.settings import loss_doc, loss_text
+from penchant.report.units import Unit, common, unit_of
 
-HERE = Path(__file__).parent
 MAX_TABLE_ROWS = 200
 MAX_ITEMS = 40
 MAX_EVENTS = 200
-MAX_CHARACTERS = 4000
 
 
 @dataclass(frozen=True)
 class Curve:
-    """What one chart of the report shows: (metric, label) pairs over the steps, and the unit in words."""
+    """What one chart of the report shows over the steps, and its unit, in which `{0}` is what the examples are.
+
+    A metric comes with the side of the examples it is about, "first" or "last", if it is about one.
+    """
 
     title: str
     unit: str
@@ -37,14 +38,14 @@ class Curve:
 
 
 CURVES = (
-    Curve("Loss", "mean over pairs", (("loss", ""),)),
-    Curve("Accuracy", "% of pairs with the chosen one ahead", ((verdict.ACCURACY, ""),), 100),
-    Curve("Reward margin", "chosen minus rejected", (("rewards/margins", ""),)),
-    Curve("Rewards", "mean over pairs", (("rewards/chosen", "chosen"), ("rewards/rejected", "rejected"))),
-    Curve("Log-probabilities", "nats per completion", (("logps/chosen", "chosen"), ("logps/rejected", "rejected"))),
+    Curve("Loss", "mean over {0.plural}", (("loss", ""),)),
+    Curve("Accuracy", "% of {0.couples} with the {0.better} one ahead", ((verdict.ACCURACY, ""),), 100),
+    Curve("Reward margin", "{0.first} minus {0.last}", (("rewards/margins", ""),)),
+    Curve("Rewards", "mean over {0.plural}", (("rewards/chosen", "first"), ("rewards/rejected", "last"))),
+    Curve("Log-probabilities", "nats per completion", (("logps/chosen", "first"), ("logps/rejected", "last"))),
     Curve("KL to the reference", "nats per token", (("kl", ""),)),
     Curve("Entropy", "nats per token", (("entropy", ""),)),
-    Curve("Lengths", "tokens per completion", (("length/chosen", "chosen"), ("length/rejected", "rejected"))),
+    Curve("Lengths", "tokens per completion", (("length/chosen", "first"), ("length/rejected", "last"))),
     Curve("Learning rate", "", (("learning_rate", ""),)),
     Curve("Gradient norm", "before clipping", (("grad_norm", ""),)),
 )
@@ -61,23 +62,16 @@ def write_report(run_dir: Path) -> Path:
 
 
 def _render(run: RunRecord) -> str:
-    environment = Environment(
-        loader=FileSystemLoader(HERE), autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True
-    )
-    environment.filters.update(number=number, clip=clip)
-    css = (HERE / "report.css").read_text(encoding="utf-8")
-    # The policy names this very style sheet by its hash; nothing else may style, run or load.
-    digest = base64.b64encode(hashlib.sha256(css.encode()).digest()).decode()
-    return environment.get_template("report.html.j2").render(
+    return render_page(
+        "report.html.j2",
         run=run,
-        css=Markup(css),
-        css_hash=digest,
+        unit=run.unit("eval"),
         headline=verdict.headline(run),
         details=verdict.details(run),
         figures=_key_figures(run),
         setup=_setup(run.summary),
         curves=_curves(run),
-        pairs=_pairs(run),
+        judgements=judgements(run),
         samples=run.samples[:MAX_ITEMS],
         parts=[part for split, title in _SPLITS.items() if (part := _data_part(run.part(split), title))],
         events=_events(run.events),
@@ -85,18 +79,7 @@ def _render(run: RunRecord) -> str:
     )
 
 
-_SPLITS = {"train": "Training pairs", "eval": "Held-out pairs"}
-
-
-def clip(value: Any, limit: int = MAX_CHARACTERS) -> str:
-    """A text, or the messages of a conversation as text, cut after `limit` characters with a note of what is gone."""
-    if isinstance(value, list):
-        turns = [as_mapping(turn) for turn in value]
-        value = "\n\n".join(f"{turn.get('role', '')}: {turn.get('content', '')}" for turn in turns)
-    text = "" if value is None else str(value)
-    if len(text) <= limit:
-        return text
-    return f"{text[:limit]}… ({number(len(text) - limit)} more characters)"
+_SPLITS = {"train": "Training", "eval": "Held-out"}
 
 
 def _key_figures(run: RunRecord) -> list[tuple[str, str, str]]:
@@ -108,7 +91,7 @@ def _key_figures(run: RunRecord) -> list[tuple[str, str, str]]:
         spread = " to ".join(percent(end) for end in accuracy.interval) if accuracy.interval else ""
         found.append(("Held-out accuracy", percent(accuracy.after), f"95% interval {spread}" if spread else ""))
     if (share := verdict.longer_wins(run)) is not None:
-        found.append(("Longer one wins", percent(share), "the accuracy of length alone"))
+        found.append(("Longer one wins", percent(share), f"the accuracy of length alone{run.unit('eval').ends_only}"))
     for label, name in (("Held-out loss", "loss"), ("Held-out margin", "rewards/margins"), ("Held-out KL", "kl")):
         measured = verdict.change(run, name)
         if measured.after is not None:
@@ -116,7 +99,7 @@ def _key_figures(run: RunRecord) -> list[tuple[str, str, str]]:
             found.append((label, number(measured.after), before))
     known: list[tuple[str, str, str, Callable[[Number | None], str]]] = [
         ("Steps", "steps", "", number),
-        ("Pairs seen", "pairs_seen", "", number),
+        (f"{run.unit('train').plural} seen".capitalize(), "examples_seen", "", number),
         ("Time", "wall_s", "", duration),
         ("Speed", "tokens_per_s", "tokens per second", number),
         ("Peak memory", "peak_memory_bytes", "", size),
@@ -139,7 +122,8 @@ def _trainable(summary: Mapping[str, Any]) -> str:
 def _setup(summary: Mapping[str, Any]) -> list[tuple[str, str]]:
     names = ("Model", "model"), ("Method", "method"), ("Loss", "loss"), ("Equation", "loss_doc")
     more = ("Reference", "reference"), ("Layout", "layout"), ("Device", "device"), ("Precision", "dtype")
-    return _known(summary, (*names, *more, ("Started", "started"), ("Status", "status")))
+    told = {**summary, "loss": loss_text(as_mapping(summary.get("loss"))), "loss_doc": loss_doc(summary)}
+    return _known(told, (*names, *more, ("Started", "started"), ("Status", "status")))
 
 
 def _origin(summary: Mapping[str, Any]) -> list[tuple[str, str]]:
@@ -149,24 +133,18 @@ def _origin(summary: Mapping[str, Any]) -> list[tuple[str, str]]:
 
 
 def _known(summary: Mapping[str, Any], names: Iterable[tuple[str, str]]) -> list[tuple[str, str]]:
-    return [(label, _plain(summary[key])) for label, key in names if summary.get(key) not in (None, "", {}, [])]
-
-
-def _plain(value: Any) -> str:
-    if isinstance(value, Mapping):
-        fields = [f"{key} = {item if isinstance(item, str) else json.dumps(item)}" for key, item in value.items()]
-        return ", ".join(fields).removeprefix("name = ")
-    return str(value)
+    return [(label, str(summary[key])) for label, key in names if summary.get(key) not in (None, "", {}, [])]
 
 
 def _curves(run: RunRecord) -> list[dict[str, Any]]:
+    unit = common([run.unit("train"), run.unit("eval")])
     shown = {name for curve in CURVES for name, _ in curve.metrics} | {"tokens_per_s"}
     others = sorted({name.removeprefix(HELD_OUT) for name in run.metrics} - shown)
     curves = [*CURVES, *(Curve(name, "", ((name, ""),)) for name in others)]
-    return [drawn for i, curve in enumerate(curves) if (drawn := _curve(run, curve, f"curve-{i}"))]
+    return [drawn for i, curve in enumerate(curves) if (drawn := _curve(run, curve, f"curve-{i}", unit))]
 
 
-def _curve(run: RunRecord, curve: Curve, name: str) -> dict[str, Any] | None:
+def _curve(run: RunRecord, curve: Curve, name: str, unit: Unit) -> dict[str, Any] | None:
     lines = _lines(run, curve)
     if not any(line.series.finite for line in lines):
         return None
@@ -177,7 +155,7 @@ def _curve(run: RunRecord, curve: Curve, name: str) -> dict[str, Any] | None:
     num_gaps = sum(value is None for line in lines for _, value in line.series.points)
     return {
         "title": curve.title,
-        "unit": curve.unit,
+        "unit": curve.unit.format(unit),
         "svg": Markup(line_chart(name, curve.title, lines, baselines)),
         "legend": legend,
         "columns": ["step", *(line.label for line in lines)],
@@ -188,12 +166,13 @@ def _curve(run: RunRecord, curve: Curve, name: str) -> dict[str, Any] | None:
 
 
 def _lines(run: RunRecord, curve: Curve) -> list[Line]:
-    """Colour and dash tell chosen from rejected where both are there, else training from held-out; marks: held-out."""
+    """Colour and dash tell first from last where both are there, else training from held-out; marks: held-out."""
     lines = []
-    for i, (metric, label) in enumerate(curve.metrics):
-        for prefix, split in (("", "training"), (HELD_OUT, "held-out")):
+    for i, (metric, side) in enumerate(curve.metrics):
+        for prefix, split, of in (("", "training", "train"), (HELD_OUT, "held-out", "eval")):
             series: Series = run.series(prefix + metric)
             if series.points:
+                label = getattr(run.unit(of), side) if side else ""
                 second = i == 1 if label else bool(prefix)
                 full_label = f"{label}, {split}" if label and prefix else label or split
                 lines.append(
@@ -206,9 +185,10 @@ def _length_baselines(run: RunRecord) -> list[Baseline]:
     share = verdict.longer_wins(run)
     if share is None:
         return []
-    baselines = [Baseline("longer one wins", 100 * share)]
+    added = run.unit("eval").ends_only
+    baselines = [Baseline(f"longer one wins{added}", 100 * share)]
     if share < 0.5:
-        baselines.append(Baseline("shorter one wins, at most", 100 * (1 - share)))
+        baselines.append(Baseline(f"shorter one wins, at most{added}", 100 * (1 - share)))
     return baselines
 
 
@@ -231,76 +211,32 @@ def _cell(column: Mapping[Number, Number | None], step: Number) -> str:
     return "not finite" if value is None else number(value)
 
 
-def _pairs(run: RunRecord) -> dict[str, Any] | None:
-    split = next((split for split in ("eval", "train") if split in run.pairs), None)
-    if split is None:
-        return None
-    rewards = run.pairs[split]
-    # Few pairs: no pair stands both among the most and among the least learned.
-    num_shown = min(len(rewards.most), max(1, len(rewards.chosen) // 2))
-    return {
-        "split": _SPLITS[split].lower(),
-        "count": len(rewards.chosen),
-        "num_wrong": sum(margin <= 0 for margin in rewards.margins),
-        "histograms": _histograms(run.pairs, rewards),
-        "ends": [("Most learned", rewards.most[:num_shown]), ("Least learned", rewards.least[:num_shown])],
-    }
-
-
-def _histograms(pairs: Mapping[str, PairRewards], rewards: PairRewards) -> list[dict[str, Any]]:
-    margins = [
-        Group(label, pairs[split].margins, kind)
-        for split, label, kind in (("train", "training", "first"), ("eval", "held-out", "second"))
-        if split in pairs
-    ]
-    both = [Group("chosen", rewards.chosen, "first"), Group("rejected", rewards.rejected, "second")]
-    charts = []
-    for name, title, unit, groups in (
-        ("hist-margin", "Reward margin", "chosen reward minus rejected reward", margins),
-        ("hist-rewards", "Chosen and rejected rewards", "reward", both),
-    ):
-        svg, bins = histogram(name, title, unit, groups)
-        charts.append(
-            {
-                "title": title,
-                "unit": "share of pairs, %",
-                "svg": Markup(svg),
-                "legend": [
-                    (Markup(swatch(g.kind, area=True)), g.label, f"{number(len(g.values))} pairs") for g in groups
-                ],
-                "columns": ["from", "to", *(group.label for group in groups)],
-                "rows": [[number(b.low), number(b.high), *map(number, b.counts)] for b in bins],
-                "num_rows": len(bins),
-                "num_gaps": 0,
-            }
-        )
-    return charts
-
-
 def _data_part(found: Mapping[str, Any], title: str) -> dict[str, Any] | None:
     if not found:
         return None
+    unit = unit_of(found)
+    used, desirable, rows, longer = (finite(found.get(key)) for key in ("used", "desirable", "rows", "longer_wins"))
     lengths = as_mapping(found.get("lengths"))
     examples = found.get("examples")
     return {
-        "title": title,
+        "title": f"{title} {unit.plural}",
         "facts": [
-            (label, show(found.get(key)))
-            for label, key, show in (
-                ("File", "path", str),
-                ("Rows", "rows", lambda value: number(finite(value))),
-                ("Pairs used", "used", lambda value: number(finite(value))),
-                ("Longer one wins", "longer_wins", lambda value: percent(finite(value))),
+            (label, text)
+            for label, text in (
+                ("File", clip(found.get("path"))),
+                ("Rows", number(rows) if rows is not None else ""),
+                ("Used", unit.counted(used, "") if used is not None else ""),
+                ("Desirable", percent(desirable / used) if desirable is not None and used and unit.first else ""),
+                ("Longer one wins", percent(longer) + unit.ends_only if longer is not None else ""),
             )
-            if found.get(key) is not None
+            if text
         ],
         "families": counts(found.get("families")),
         "dropped": counts(found.get("dropped")),
         "examples": [clip(example, 500) for example in examples[:MAX_ITEMS]] if isinstance(examples, list) else [],
         "lengths": [
-            (which, *(number(finite(as_mapping(lengths.get(which)).get(key))) for key in ("mean", "median", "max")))
-            for which in ("prompt", "chosen", "rejected")
-            if which in lengths
+            (clip(which, 100), *(number(finite(as_mapping(lengths.get(which)).get(key))) for key in ("mean", "median", "max")))
+            for which in list(lengths)[:MAX_ITEMS]
         ],
     }
 

@@ -14,6 +14,7 @@ from typing import Any
 from penchant.errors import UserError
 from penchant.report.figures import Number
 from penchant.report.series import Series, finite
+from penchant.report.units import Unit, unit_of
 
 HELD_OUT = "eval_"
 """What the names of held-out measurements begin with."""
@@ -22,19 +23,41 @@ _NO_MEASUREMENT = {"step", "epoch", "time_s"}
 _UNSHOWABLE = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\ud800-\udfff\ufffe\uffff]")
 
 
+class Extremes:
+    """Numbers, all of them, and the rows at both ends of their order; the rows between do not pile up."""
+
+    def __init__(self, num_kept: int = 5) -> None:
+        self.values: list[Number] = []
+        self._num_kept = num_kept
+        self._highest: list[tuple[Number, int, dict[str, Any]]] = []
+        self._lowest: list[tuple[Number, int, dict[str, Any]]] = []
+
+    def add(self, value: Number, row: dict[str, Any]) -> None:
+        """Takes in the number that belongs to a row."""
+        order = -len(self.values)  # of equal ones the first comes first, and no two rows are ever compared
+        self.values.append(value)
+        for heap, key in ((self._highest, value), (self._lowest, -value)):
+            push = heapq.heappush if len(heap) < self._num_kept else heapq.heappushpop
+            push(heap, (key, order, row))
+
+    @property
+    def highest(self) -> list[dict[str, Any]]:
+        """The rows of the highest numbers, the highest first."""
+        return [_clean_all(row) for *_, row in sorted(self._highest, reverse=True)]
+
+    @property
+    def lowest(self) -> list[dict[str, Any]]:
+        """The rows of the lowest numbers, the lowest first."""
+        return [_clean_all(row) for *_, row in sorted(self._lowest, reverse=True)]
+
+
 @dataclass
 class PairRewards:
-    """The rewards of the pairs of one split after training, and the pairs at both ends of the margin."""
+    """The rewards of the pairs of one split after training; of rankings those of the best and the worst."""
 
     chosen: list[Number] = field(default_factory=list)
     rejected: list[Number] = field(default_factory=list)
-    most: list[dict[str, Any]] = field(default_factory=list)
-    least: list[dict[str, Any]] = field(default_factory=list)
-
-    @property
-    def margins(self) -> list[Number]:
-        """Chosen reward minus rejected reward, pair by pair."""
-        return [chosen - rejected for chosen, rejected in zip(self.chosen, self.rejected, strict=True)]
+    margins: Extremes = field(default_factory=Extremes)
 
 
 @dataclass
@@ -47,6 +70,8 @@ class RunRecord:
     events: list[dict[str, Any]] = field(default_factory=list)
     samples: list[dict[str, Any]] = field(default_factory=list)
     pairs: dict[str, PairRewards] = field(default_factory=dict)
+    completions: dict[str, dict[bool | None, Extremes]] = field(default_factory=dict)
+    """By split the rewards of single completions: of the desirable, of the undesirable, of those without a label."""
     data: dict[str, Any] = field(default_factory=dict)
     summary: dict[str, Any] = field(default_factory=dict)
     num_unreadable: int = 0
@@ -58,6 +83,10 @@ class RunRecord:
     def part(self, split: str) -> dict[str, Any]:
         """The findings about the data of a split ("train", "eval"), empty when there are none."""
         return as_mapping(self.data.get(split))
+
+    def unit(self, split: str) -> Unit:
+        """What the examples of a split are; without held-out examples, what those of training are."""
+        return unit_of(self.part(split) or self.part("train"))
 
 
 def read_run(run_dir: Path) -> RunRecord:
@@ -76,6 +105,7 @@ def read_run(run_dir: Path) -> RunRecord:
     run.samples = [_clean_all(row) for row in _read_lines(run_dir / "samples.jsonl", run)]
     _read_metrics(run_dir / "metrics.jsonl", run)
     _read_pairs(run_dir / "pairs.jsonl", run)
+    _read_completions(run_dir / "completions.jsonl", run)
     return run
 
 
@@ -160,25 +190,24 @@ def _read_metrics(path: Path, run: RunRecord) -> None:
     run.metrics = {clean(name): Series(tuple(sorted(points.items()))) for name, points in values.items()}
 
 
-def _read_pairs(path: Path, run: RunRecord, num_kept: int = 5) -> None:
-    waiting: dict[str, list[dict[str, Any]]] = {}
+def _read_pairs(path: Path, run: RunRecord) -> None:
     for row in _read_lines(path, run):
         chosen, rejected = finite(row.get("chosen_reward")), finite(row.get("rejected_reward"))
         if chosen is None or rejected is None:
             continue
-        split = "eval" if row.get("split") == "eval" else "train"
-        rewards = run.pairs.setdefault(split, PairRewards())
+        rewards = run.pairs.setdefault(_split(row), PairRewards())
         rewards.chosen.append(chosen)
         rewards.rejected.append(rejected)
-        rows = waiting.setdefault(split, [])
-        rows.append({**_clean_all(row), "margin": chosen - rejected})
-        if len(rows) >= 1000:  # Only the ends are kept, so the texts of a large data set do not pile up.
-            _keep_ends(rewards, rows, num_kept)
-    for split, rows in waiting.items():
-        _keep_ends(run.pairs[split], rows, num_kept)
+        rewards.margins.add(chosen - rejected, {**row, "margin": chosen - rejected})
 
 
-def _keep_ends(rewards: PairRewards, rows: list[dict[str, Any]], num_kept: int) -> None:
-    rewards.most = heapq.nlargest(num_kept, rewards.most + rows, key=lambda row: row["margin"])
-    rewards.least = heapq.nsmallest(num_kept, rewards.least + rows, key=lambda row: row["margin"])
-    rows.clear()
+def _read_completions(path: Path, run: RunRecord) -> None:
+    for row in _read_lines(path, run):
+        reward, label = finite(row.get("reward")), row.get("desirable")
+        if reward is not None:
+            of_split = run.completions.setdefault(_split(row), {})
+            of_split.setdefault(label if isinstance(label, bool) else None, Extremes()).add(reward, row)
+
+
+def _split(row: Mapping[str, Any]) -> str:
+    return "eval" if row.get("split") == "eval" else "train"

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from penchant.report.figures import Number, number, percent, wilson_interval
+from penchant.report.figures import Number, number, percent
 from penchant.report.rundir import HELD_OUT, RunRecord
 from penchant.report.series import finite
+from penchant.report.units import Ends, Unit
 
 ACCURACY = "rewards/accuracies"
 
@@ -23,15 +24,17 @@ class Change:
 
 @dataclass(frozen=True)
 class Accuracy:
-    """The share of held-out pairs whose chosen completion has the higher reward, with what it is to be held against.
+    """The share of held-out couples whose better completion has the higher reward, and what to hold it against.
 
-    `interval` is the 95 % Wilson interval of `after`, None when the number of pairs is unknown.
+    Which couples those are is a matter of the unit. `interval` is the one of 95 % around `after`, None where the unit
+    has none or the number of examples is unknown.
     """
 
+    unit: Unit
     before: Number | None
     after: Number
-    num_pairs: int | None
-    interval: tuple[Number, Number] | None
+    num_examples: int | None
+    interval: Ends | None
     longer_wins: Number | None
     starts_at_reference: bool
 
@@ -49,13 +52,14 @@ def held_out_accuracy(run: RunRecord) -> Accuracy | None:
     measured = change(run, ACCURACY)
     if measured.after is None:
         return None
-    num_pairs = num_held_out(run)
+    unit = run.unit("eval")
     means = [change(run, name).before for name in ("rewards/chosen", "rewards/rejected")]
     return Accuracy(
+        unit=unit,
         before=measured.before,
         after=measured.after,
-        num_pairs=num_pairs,
-        interval=wilson_interval(measured.after, num_pairs) if num_pairs else None,
+        num_examples=num_held_out(run),
+        interval=unit.interval(measured.after, run.part("eval")),
         longer_wins=longer_wins(run),
         # A policy that is its own reference has rewards of 0 but for rounding: who is ahead is then an accident.
         starts_at_reference=all(mean is not None and abs(mean) < 1e-4 for mean in means),
@@ -63,21 +67,19 @@ def held_out_accuracy(run: RunRecord) -> Accuracy | None:
 
 
 def num_held_out(run: RunRecord) -> int | None:
-    """The number of held-out pairs; None when neither the data findings nor the pairs tell."""
+    """The number of held-out examples; None when the data findings do not tell."""
     used = finite(run.part("eval").get("used"))
-    if used is not None and used >= 1:
-        return int(used)
-    return len(run.pairs["eval"].chosen) if "eval" in run.pairs else None
+    return int(used) if used is not None and used >= 1 else None
 
 
 def longer_wins(run: RunRecord) -> Number | None:
-    """The share of pairs in which the chosen completion is the longer one: held-out pairs if there are any."""
+    """The share of examples whose first completion is longer than the last: of held-out examples if there are any."""
     share = finite(run.part("eval").get("longer_wins"))
     return share if share is not None else finite(run.part("train").get("longer_wins"))
 
 
 def has_held_out(run: RunRecord) -> bool:
-    """Whether anything was ever measured on held-out pairs."""
+    """Whether anything was ever measured on held-out examples."""
     return any(name.startswith(HELD_OUT) for name in run.metrics)
 
 
@@ -93,7 +95,7 @@ def tail_mean(run: RunRecord, name: str) -> tuple[Number, int] | None:
 def headline(run: RunRecord) -> list[str]:
     """The verdict itself: how accurate, and whether length alone would do as well."""
     accuracy = held_out_accuracy(run)
-    sentences = [*_status(run), *(_on_training_pairs(run) if accuracy is None else _accuracy(accuracy))]
+    sentences = [*_status(run), *(_on_training_examples(run) if accuracy is None else _accuracy(accuracy))]
     if not run.metrics:
         sentences.append("Nothing has been measured yet.")
     return sentences
@@ -118,8 +120,7 @@ def _status(run: RunRecord) -> list[str]:
 
 
 def _accuracy(accuracy: Accuracy) -> list[str]:
-    pairs = f"{number(accuracy.num_pairs)} held-out pairs" if accuracy.num_pairs else "the held-out pairs"
-    sentence = f"After training, the chosen completion has the higher reward in {percent(accuracy.after)} of {pairs}"
+    sentence = f"After training, {accuracy.unit.agreement(accuracy.after, accuracy.num_examples)}"
     if accuracy.interval:
         low, high = accuracy.interval
         sentence += f" (95% interval {percent(low)} to {percent(high)})"
@@ -142,9 +143,10 @@ def _against_length(accuracy: Accuracy) -> list[str]:
     share = accuracy.longer_wins
     if share is None:
         return []
-    rule = f"Always picking the longer completion would be right in {percent(share)} of these pairs"
+    rule = f"Always picking the longer completion would be right in {percent(share)} of these {accuracy.unit.plural}"
     if share < 0.5:
         rule += f", always the shorter one in up to {percent(1 - share)}"
+    rule += accuracy.unit.ends_only
     best = max(share, 1 - share)
     if accuracy.interval is None:
         return [rule + "."]
@@ -152,22 +154,29 @@ def _against_length(accuracy: Accuracy) -> list[str]:
     if low > best:
         return [rule + ": the model does better than length alone."]
     if high < best:
-        return [rule + ": on these pairs length alone would do better than the model."]
+        return [rule + f": on these {accuracy.unit.plural} length alone would do better than the model."]
     return [rule + ": this result does not rule out that the model goes by length alone."]
 
 
-def _on_training_pairs(run: RunRecord) -> list[str]:
+def _on_training_examples(run: RunRecord) -> list[str]:
     sentences = []
-    if has_held_out(run):
-        sentences.append("Nothing was measured on held-out pairs after training began.")
+    unit = run.unit("train")
+    if change(run, "loss").after is not None and not run.series(HELD_OUT + ACCURACY).points:
+        examples = run.unit("eval").counted(num_held_out(run))
+        sentences.append(f"Among {examples} there is no couple of a better and a worse one, so there is no accuracy.")
+    elif has_held_out(run):
+        sentences.append(f"Nothing was measured on held-out {run.unit('eval').plural} after training began.")
     elif run.metrics:
-        sentences.append("No pairs were held out, so nothing here tells how the model does on pairs it has not seen.")
+        sentences.append(
+            f"No {unit.plural} were held out, so nothing here tells how the model does on {unit.plural} it has not seen."
+        )
     mean = tail_mean(run, ACCURACY)
     if mean is not None:
         lines = "line" if mean[1] == 1 else f"{number(mean[1])} lines"
         sentences.append(
-            f"On the training pairs of the last {lines} of the log the chosen completion had the higher reward in "
-            f"{percent(mean[0])}; that is a figure about pairs being learned, and no evidence for others."
+            f"On the training {unit.plural} of the last {lines} of the log the {unit.better} completion had the higher "
+            f"reward in {percent(mean[0])} of the {unit.couples}; that is a figure about {unit.plural} being learned, "
+            "and no evidence for others."
         )
     return sentences
 
@@ -199,15 +208,17 @@ def _chosen_logps(run: RunRecord) -> list[str]:
     logps = change(run, "logps/chosen")
     if logps.before is None or logps.after is None:
         return []
+    unit = run.unit("eval")
+    those = f"The {unit.first} completions".replace("  ", " ")
     values = f"from {number(logps.before)} to {number(logps.after)} nats"
     rejected = change(run, "logps/rejected")
     if logps.after >= logps.before:
-        return [f"The chosen completions became more probable, {values}."]
-    sentence = f"The chosen completions themselves became less probable, {values}"
+        return [f"{those} became more probable, {values}."]
+    sentence = f"{those} themselves became less probable, {values}"
     if rejected.before is not None and rejected.after is not None:
         gap = (logps.after - rejected.after) - (logps.before - rejected.before)
         if gap > 0:
-            sentence += "; the margin grew because the rejected ones fell further"
+            sentence += "; the margin grew because the " + unit.last + " ones fell further"
     return [sentence + "."]
 
 

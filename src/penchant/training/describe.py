@@ -23,6 +23,14 @@ def describe(setup: Setup, log: RunLog) -> None:
     log.say("data", _data_sentence(findings["train"]))
     for example in findings["train"]["examples"][:3]:
         log.say("", example)
+    for column, need, reader in (
+        ("margin", "margins", "odpo"),
+        ("win_probabilities", "win_probabilities", "sppo-soft"),
+    ):
+        has_column = any(getattr(example, column) is not None for example in setup.datasets.train.examples)
+        if has_column and need not in setup.loss.needs:
+            words = need.replace("_", " ")
+            log.say("", f"the rows carry {words}, which {setup.loss.name} does not read ({reader} does)")
     nothing = "nothing: nobody will see whether what is learned carries over (eval_data, eval_size)"
     log.say("held out", _data_sentence(findings["eval"]) if findings["eval"] else nothing)
     trainable, total = num_parameters(policy.model)

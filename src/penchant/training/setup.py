@@ -237,6 +237,7 @@ def _heldout_mismatched(config: RunConfig, loss: Loss, datasets: Datasets) -> li
         return []
     heldout, train = datasets.heldout.examples, datasets.train.examples
     try:
+        loader.mismatched(train, config.max_length)  # what every epoch will ask for
         # Behind the held-out examples stand the training ones, should all held-out prompts be the same.
         return loader.mismatched([*heldout, *train], config.max_length)[: len(heldout)]
     except ValueError as error:
