@@ -14,8 +14,8 @@ import torch
 import transformers
 from torch import Tensor, nn
 
-from penchant.algorithms import DPO, IPO, PairAlgorithm
-from penchant.losses import DPOLoss, base
+from penchant.algorithms import DPO, IPO, KTO, ORPO, PairAlgorithm, SimPO, UnpairedAlgorithm
+from penchant.losses import DPOLoss, OffsetDPOLoss, SPPOLoss, base, build_loss
 from penchant.types import PairLogps
 
 VOCAB, PAD = 61, 0
@@ -302,7 +302,7 @@ def test_loss_without_a_reference_trains_the_policy_alone(monkeypatch: pytest.Mo
     class WithoutReference(base.PairLoss, name="without_reference"):
         """-log sigmoid of the difference of the two log-probabilities."""
 
-        needs_reference = False
+        reads = frozenset()
 
         def __call__(self, logps: PairLogps) -> Tensor:
             return -nn.functional.logsigmoid(logps.policy_chosen_logps - logps.policy_rejected_logps)
@@ -357,3 +357,253 @@ def test_reference_is_set_to_evaluation_and_the_policy_keeps_its_mode() -> None:
     algorithm.train_step(**by_pad_id(left=False))
     assert not any(part.training for part in ref.modules())
     assert all(part.training for part in policy.modules())
+
+
+# Without a reference.
+
+
+def per_token(model: nn.Module, prompt: list[int], completion: list[int]) -> Tensor:
+    return log_prob(model, prompt, completion) / len(completion)
+
+
+def simpo(model: nn.Module, prompt: list[int], chosen: list[int], rejected: list[int]) -> tuple[Tensor, ...]:
+    """Loss and both rewards of one pair, beta 2.5 and gamma 0.75."""
+    rewards = [2.5 * per_token(model, prompt, each) for each in (chosen, rejected)]
+    return torch.log(1 + torch.exp(-(rewards[0] - rewards[1] - 0.75))), *rewards
+
+
+def orpo(
+    model: nn.Module, prompt: list[int], chosen: list[int], rejected: list[int], on_prompt: bool = False
+) -> tuple[Tensor, ...]:
+    """Loss and both log-odds of one pair, lambda 0.5."""
+    shares = [per_token(model, prompt, each).exp() for each in (chosen, rejected)]
+    odds = [torch.log(p / (1 - p)) for p in shares]
+    nll = -per_token(model, prompt, chosen)
+    if on_prompt:  # of all tokens but the first, which nothing predicts
+        nll = -per_token(model, prompt[:1], prompt[1:] + chosen)
+    return nll + 0.5 * torch.log(1 + torch.exp(-(odds[0] - odds[1]))), *odds
+
+
+def orpo_on_prompt(model: nn.Module, prompt: list[int], chosen: list[int], rejected: list[int]) -> tuple[Tensor, ...]:
+    return orpo(model, prompt, chosen, rejected, on_prompt=True)
+
+
+WITHOUT_REFERENCE = {
+    "simpo": (SimPO, {"beta": 2.5, "gamma_beta_ratio": 0.3}, simpo),
+    "orpo": (ORPO, {"odds_ratio_weight": 0.5}, orpo),
+    "orpo on prompts": (ORPO, {"odds_ratio_weight": 0.5, "nll_on_prompt": True}, orpo_on_prompt),
+}
+
+
+@pytest.mark.parametrize("name", WITHOUT_REFERENCE)
+@pytest.mark.parametrize("kind", MODELS)
+@pytest.mark.parametrize("given", ["right padded", "masks, left"])
+def test_train_step_without_a_reference_is_the_formula(name: str, kind: str, given: str) -> None:
+    make, settings, formula = WITHOUT_REFERENCE[name]
+    policy, _ = make_models(kind)
+    expected_policy = copy.deepcopy(policy)
+    found = [formula(expected_policy, *rows) for rows in zip(PROMPTS, CHOSEN, REJECTED, strict=True)]
+    losses, chosen, rejected = (torch.stack(column) for column in zip(*found, strict=True))
+    losses.mean().backward()
+    gradients = {name: each.grad for name, each in expected_policy.named_parameters()}
+
+    pad_token_id, inputs = INPUTS[given]
+    algorithm = make(policy, **settings, max_grad_norm=1e9, pad_token_id=pad_token_id)
+    metrics = algorithm.train_step(**inputs)
+    assert metrics == pytest.approx(
+        {
+            "loss": losses.mean().item(),
+            "chosen_reward": chosen.mean().item(),
+            "rejected_reward": rejected.mean().item(),
+            "accuracy": (chosen > rejected).double().mean().item(),
+            "margin": (chosen - rejected).mean().item(),
+            "grad_norm": math.sqrt(sum(each.pow(2).sum().item() for each in gradients.values())),
+        },
+        rel=1e-6,
+    )
+    for parameter_name, each in policy.named_parameters():
+        torch.testing.assert_close(each.grad, gradients[parameter_name], rtol=1e-6, atol=1e-9)
+
+
+@pytest.mark.parametrize("make", [SimPO, ORPO])
+def test_repeated_steps_without_a_reference_learn_the_preference(make: Callable[..., PairAlgorithm]) -> None:
+    algorithm = make(make_models("plain")[0], learning_rate=1e-2, pad_token_id=PAD)
+    history = [algorithm.train_step(**by_pad_id(left=False)) for _ in range(20)]
+    assert history[-1]["loss"] < 0.7 * history[0]["loss"]
+    assert history[-1]["accuracy"] == 1.0
+
+
+# Losses that need more than sums.
+
+
+@pytest.mark.parametrize("name", ["wpo", "ld-dpo", "aot", "bco-pair"])
+def test_losses_over_tokens_or_over_the_whole_batch_see_what_they_need(name: str) -> None:
+    """The weight of WPO, the cut of LD-DPO, the ranks of AOT and the shift of BCO, each from its definition."""
+    policy, ref = make_models("plain")
+    rows = list(zip(PROMPTS, CHOSEN, REJECTED, strict=True))
+
+    def ratio(prompt: list[int], completion: list[int]) -> float:
+        return (log_prob(policy, prompt, completion) - log_prob(ref, prompt, completion)).item()
+
+    def log_weight(prompt: list[int], completion: list[int]) -> float:
+        log_probs = torch.log_softmax(policy(torch.tensor([prompt + completion]))[0], -1)[len(prompt) - 1 : -1]
+        chosen = log_probs[torch.arange(len(completion)), torch.tensor(completion)]
+        return (chosen - log_probs.exp().square().sum(-1).log()).mean().item()
+
+    ratios = [(ratio(prompt, chosen), ratio(prompt, rejected)) for prompt, chosen, rejected in rows]
+    if name == "wpo":
+        weights = [min(1.0, math.exp(log_weight(x, y) + log_weight(x, z))) for x, y, z in rows]
+        assert min(weights) < 1
+        losses = [w * math.log1p(math.exp(-0.01 * (c - r))) for w, (c, r) in zip(weights, ratios, strict=True)]
+    elif name == "ld-dpo":
+        halves = []
+        for prompt, *sides in rows:
+            shorter = min(map(len, sides))
+            halves.append([(ratio(prompt, side) + ratio(prompt, side[:shorter])) / 2 for side in sides])
+        losses = [math.log1p(math.exp(-0.1 * (c - r))) for c, r in halves]
+    elif name == "aot":
+        ours = sorted((log_prob(policy, x, y) - log_prob(policy, x, z)).item() for x, y, z in rows)
+        theirs = sorted((log_prob(ref, x, y) - log_prob(ref, x, z)).item() for x, y, z in rows)
+        losses = [math.log1p(math.exp(-0.1 * (one - other))) for one, other in zip(ours, theirs, strict=True)]
+    else:
+        shift = 0.1 * sum(map(sum, ratios)) / 6
+        losses = [math.log1p(math.exp(shift - 0.1 * c)) + math.log1p(math.exp(0.1 * r - shift)) for c, r in ratios]
+    metrics = PairAlgorithm(policy, ref, build_loss({"name": name}), pad_token_id=PAD).train_step(**by_pad_id(False))
+    assert metrics["loss"] == pytest.approx(sum(losses) / 3, rel=1e-6)
+
+
+def test_loss_that_needs_a_column_of_the_data_is_refused() -> None:
+    for loss, column in ((OffsetDPOLoss(), "margins"), (SPPOLoss(soft=True), "win_probabilities")):
+        with pytest.raises(ValueError, match=f"needs {column}, which token tensors do not carry"):
+            PairAlgorithm(*make_models("plain"), loss)
+
+
+# Single completions.
+
+LABELS = [True, False, True]
+
+
+def singles(left: bool, labels: list[bool] = LABELS, masks: bool = False) -> dict[str, Tensor]:
+    """The chosen completions of the pairs, each judged by itself."""
+    given = by_masks(left) if masks else by_pad_id(left)
+    renamed = {name.replace("chosen", "completion"): each for name, each in given.items() if "rejected" not in name}
+    return {**renamed, "is_desirable": torch.tensor(labels)}
+
+
+def kto(
+    policy: nn.Module, ref: nn.Module, labels: list[bool], partners: tuple[int, ...] = (1, 2, 0)
+) -> tuple[Tensor, list[Tensor], float]:
+    """Losses and rewards by the formula, beta 0.3 and weights 1 and 1.5, with the estimate in them."""
+
+    def ratio(prompt: list[int], completion: list[int]) -> Tensor:
+        return log_prob(policy, prompt, completion) - log_prob(ref, prompt, completion).detach()
+
+    mismatched = [ratio(prompt, CHOSEN[partner]).item() for prompt, partner in zip(PROMPTS, partners, strict=True)]
+    estimate = max(0.0, sum(mismatched) / 3)
+    ratios = [ratio(prompt, completion) for prompt, completion in zip(PROMPTS, CHOSEN, strict=True)]
+    losses = [
+        1 * (1 - torch.sigmoid(0.3 * (r - estimate))) if good else 1.5 * (1 - torch.sigmoid(0.3 * (estimate - r)))
+        for r, good in zip(ratios, labels, strict=True)
+    ]
+    return torch.stack(losses), [0.3 * r.detach() for r in ratios], estimate
+
+
+def mean_where(values: list[Tensor], labels: list[bool], wanted: bool) -> float:
+    kept = [value.item() for value, label in zip(values, labels, strict=True) if label is wanted]
+    return sum(kept) / len(kept) if kept else math.nan
+
+
+@pytest.mark.parametrize("kind", MODELS)
+@pytest.mark.parametrize("labels", [LABELS, [False, False, True], [True] * 3, [False] * 3], ids=str)
+@pytest.mark.parametrize(("left", "masks"), [(False, False), (True, False), (True, True)])
+def test_kto_step_is_the_formula_with_the_next_prompts_completions(
+    kind: str, labels: list[bool], left: bool, masks: bool
+) -> None:
+    policy, ref = make_models(kind)
+    expected_policy = copy.deepcopy(policy)
+    losses, rewards, _ = kto(expected_policy, ref, labels)
+    losses.mean().backward()
+    gradients = {name: each.grad for name, each in expected_policy.named_parameters()}
+    algorithm = KTO(
+        policy, ref, beta=0.3, undesirable_weight=1.5, max_grad_norm=1e9, pad_token_id=None if masks else PAD
+    )
+    metrics = algorithm.train_step(**singles(left, labels, masks))
+    expected = {
+        "loss": losses.mean().item(),
+        "desirable_reward": mean_where(rewards, labels, True),
+        "undesirable_reward": mean_where(rewards, labels, False),
+        "grad_norm": math.sqrt(sum(each.pow(2).sum().item() for each in gradients.values())),
+    }
+    assert metrics == pytest.approx(expected, rel=1e-6, nan_ok=True)
+    for name, each in policy.named_parameters():
+        torch.testing.assert_close(each.grad, gradients[name], rtol=1e-6, atol=1e-9)
+
+
+def test_the_estimate_of_kto_is_the_mean_where_it_is_above_zero_and_zero_below() -> None:
+    policy, ref = make_models("plain")
+    estimates = []
+    for one, other in ((policy, ref), (ref, policy)):
+        _, _, estimate = kto(one, other, LABELS)
+        found = KTO(one, other, pad_token_id=PAD).score(**singles(left=False)).kl
+        assert found.item() == pytest.approx(estimate, rel=1e-9)
+        assert not found.requires_grad
+        estimates.append(estimate)
+    assert min(estimates) == 0 < max(estimates)
+
+
+def test_kto_starts_at_one_half_and_learns() -> None:
+    policy, _ = make_models("plain")
+    algorithm = KTO(policy, copy.deepcopy(policy), learning_rate=1e-2, pad_token_id=PAD)
+    history = [algorithm.train_step(**singles(left=False)) for _ in range(20)]
+    assert history[0]["loss"] == pytest.approx(0.5, abs=1e-12)
+    assert history[-1]["loss"] < 0.45
+    assert history[-1]["desirable_reward"] > 0 > history[-1]["undesirable_reward"]
+
+
+def test_kto_finds_the_next_prompt_that_is_another_one() -> None:
+    policy, ref = make_models("plain")
+    prompts, completions = [[5, 9], [5, 9], [11, 3]], [[7, 60], [4, 4], [6, 2]]
+    ratios = [
+        (log_prob(policy, prompt, completions[k]) - log_prob(ref, prompt, completions[k])).item()
+        for prompt, k in zip(prompts, (2, 2, 0), strict=True)
+    ]
+    ids = {"prompt": torch.tensor(prompts), "completion": torch.tensor(completions)}
+    found = KTO(policy, ref).score(**ids, is_desirable=torch.tensor(LABELS)).kl
+    assert found.item() == pytest.approx(max(0.0, sum(ratios) / 3), rel=1e-9)
+
+
+@pytest.mark.parametrize("prompts", [[[5, 9]], [[5, 9], [5, 9]]])
+def test_kto_with_one_prompt_is_refused(prompts: list[list[int]]) -> None:
+    completions = [[7, 60], [4, 4]][: len(prompts)]
+    labels = torch.tensor([True, False][: len(prompts)])
+    with pytest.raises(ValueError, match="one prompt only"):
+        KTO(*make_models("plain")).train_step(torch.tensor(prompts), torch.tensor(completions), labels)
+
+
+@pytest.mark.parametrize("name", ["bco", "apo-zero-unpaired", "aot-unpaired"])
+def test_any_loss_over_single_completions_trains(name: str) -> None:
+    policy, ref = make_models("plain")
+    rows = zip(PROMPTS, CHOSEN, strict=True)
+    rewards = [0.1 * (log_prob(policy, *row) - log_prob(ref, *row)).item() for row in rows]
+    first, bad, last = rewards
+    if name == "bco":
+        shift = ((first + last) / 2 + bad) / 2
+        losses = [math.log1p(math.exp(s)) for s in (shift - first, bad - shift, shift - last)]
+    elif name == "apo-zero-unpaired":
+        losses = [1 / (1 + math.exp(s)) for s in (first, -bad, last)]
+    else:  # half the mass of the undesirable one is held against each of the two others
+        losses = [1.5 * math.log1p(math.exp(bad - reward)) for reward in (first, last)]
+    metrics = UnpairedAlgorithm(policy, ref, build_loss({"name": name}), pad_token_id=PAD).train_step(**singles(False))
+    assert metrics["loss"] == pytest.approx(sum(losses) / 3, rel=1e-6)
+    assert metrics["desirable_reward"] == pytest.approx((first + last) / 2, rel=1e-6)
+    assert metrics["undesirable_reward"] == pytest.approx(bad, rel=1e-6)
+
+
+def test_scores_of_single_completions_are_their_sums() -> None:
+    policy, ref = make_models("gpt2")
+    logps = KTO(policy, ref, pad_token_id=PAD).score(**singles(left=True))
+    for place, (prompt, completion) in enumerate(zip(PROMPTS, CHOSEN, strict=True)):
+        assert logps.policy_logps[place].item() == pytest.approx(log_prob(policy, prompt, completion).item(), rel=1e-9)
+        assert logps.ref_logps[place].item() == pytest.approx(log_prob(ref, prompt, completion).item(), rel=1e-9)
+    assert logps.lengths.tolist() == [len(each) for each in CHOSEN]
+    assert logps.is_desirable.tolist() == LABELS

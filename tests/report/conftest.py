@@ -10,8 +10,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import yaml
 
 QUESTIONS = ("What is the capital of France?", "Why is the sky blue?", "Name three fruits.", "How do I boil an egg?")
+DPO = {"name": "dpo", "beta": 0.1, "label_smoothing": 0.0}
+IPO = {"name": "ipo", "beta": 0.1}
+MakeOne = Callable[..., Path]
 SHORT = ("Paris.", "Air scatters blue light more than red.", "Apple, pear, plum.", "Eight minutes in boiling water.")
 
 
@@ -71,6 +75,7 @@ def metric_lines(num_steps: int, eval_every: int) -> list[dict[str, Any]]:
 def findings(path: str, used: int) -> dict[str, Any]:
     return {
         "path": path,
+        "unit": "pair",
         "rows": used + 9,
         "families": {"prompt/chosen/rejected": used, "conversations": 9},
         "used": used,
@@ -100,7 +105,7 @@ def summary() -> dict[str, Any]:
         "num_parameters": 134_515_008,
         "num_trainable": 134_515_008,
         "steps": 120,
-        "pairs_seen": 960,
+        "examples_seen": 960,
         "started": "2026-03-01T09:30:00+00:00",
         "wall_s": 412.7,
         "peak_memory_bytes": 3_400_000_000,
@@ -171,6 +176,47 @@ def make_run(tmp_path: Path) -> Callable[..., Path]:
                 write_jsonl(run_dir / name, content)
             elif content is not None:
                 write_json(run_dir / name, content)
+        return run_dir
+
+    return make
+
+
+def held_out(step: int, accuracy: float, **more: float) -> dict[str, Any]:
+    line = {"rewards/accuracies": accuracy, "rewards/chosen": 0.0, "rewards/rejected": 0.0, **more}
+    return {"step": step, **{f"eval_{name}": value for name, value in line.items()}}
+
+
+@pytest.fixture
+def make_one(tmp_path: Path) -> MakeOne:
+    """Makes a small run directory; settings go into the run file, `summary` and `data` over what is there."""
+
+    def make(
+        name: str,
+        accuracy: float | None = 0.875,
+        *,
+        loss: dict[str, Any] = DPO,
+        method: str = "dpo",
+        before: dict[str, Any] | None = None,
+        after: dict[str, float] | None = None,
+        summary: dict[str, Any] | None = None,
+        train_data: dict[str, Any] | None = None,
+        held_out_data: dict[str, Any] | None = None,
+        **settings: Any,
+    ) -> Path:
+        run_dir = tmp_path / name
+        run_dir.mkdir(parents=True)
+        run = {"model": "owner/tiny", "data": "pairs.jsonl", "output_dir": str(run_dir), "method": method, "loss": loss}
+        run |= {"learning_rate": 5e-7, "batch_size": 8, "seed": 0, "logging_steps": 1, **settings}
+        (run_dir / "run.yaml").write_text(yaml.safe_dump(run, sort_keys=False), encoding="utf-8")
+        lines = [before or held_out(0, 0.5)]
+        lines += [] if accuracy is None else [held_out(20, accuracy, **(after or {}))]
+        write_jsonl(run_dir / "metrics.jsonl", lines)
+        evaluated = {"unit": "pair", "used": 96, "longer_wins": 0.3, "sha256": "e" * 64, **(held_out_data or {})}
+        trained = {"path": "pairs.jsonl", "unit": "pair", "families": {"trl": 256}, "used": 160, "sha256": "t" * 64}
+        write_json(run_dir / "data.json", {"train": {**trained, **(train_data or {})}, "eval": evaluated})
+        told = {"status": "finished", "method": method, "loss": loss, "steps": 20, "examples_seen": 160}
+        told |= {"wall_s": 250.0, "peak_memory_bytes": 3 * 2**30, "model_sha256": "m" * 64, **(summary or {})}
+        write_json(run_dir / "summary.json", told)
         return run_dir
 
     return make

@@ -44,7 +44,7 @@ def test_results_stand_with_their_interval(make_run: MakeRun) -> None:
     # Wilson for p = 0.875, n = 96.
     assert "| 40.0% | 87.5% (95% interval 79.4% to 92.7%) |" in body
     assert "| loss | 0.693 | 0.41 |" in body
-    assert "44.6% of the pairs" in body
+    assert "44.6% of the pairs." in body
 
 
 def test_the_card_tells_the_equation_and_the_data(make_run: MakeRun) -> None:
@@ -99,7 +99,7 @@ def test_an_unfinished_run_without_anything_has_a_card_that_says_so(tmp_path: Pa
     front, body = card_of(tmp_path)
     assert front["tags"] == ["preference-optimization", "penchant"]
     assert "had not finished" in body
-    assert "nothing is known about pairs" in body
+    assert "nothing is known about examples" in body
 
 
 def test_the_run_file_and_the_texts_stay_out_of_the_card(make_run: MakeRun) -> None:
@@ -107,3 +107,57 @@ def test_the_run_file_and_the_texts_stay_out_of_the_card(make_run: MakeRun) -> N
     _, body = card_of(make_run(parts))
     assert "hf_secret" not in body
     assert "private" not in body
+
+
+LENGTHS = {"desirable": {"median": 7}, "undesirable": {"median": 10.5}}
+COMPLETIONS = {"unit": "completion", "rows": 30, "used": 20, "desirable": 8, "lengths": {"prompt": {}, **LENGTHS}}
+
+
+def test_single_completions_are_called_so(make_run: MakeRun) -> None:
+    metrics = [{"step": 0, "eval_rewards/accuracies": 0.4}, {"step": 9, "eval_rewards/accuracies": 0.75}]
+    metrics[1] |= {"eval_logps/chosen": -8.5, "eval_logps/rejected": -9.5}
+    data = {"train": COMPLETIONS, "eval": COMPLETIONS}
+    summary = summary_with(steps=4, examples_seen=20)
+    _, body = card_of(make_run({"metrics.jsonl": metrics, "data.json": data, "summary.json": summary}))
+    assert "trained on single judged completions with Penchant (method `dpo`): 4 steps, 20 completions seen." in body
+    assert (
+        "Held-out data: unnamed, 20 completions of 30 rows, 8 of them desirable; "
+        "median length in tokens: desirable 7, undesirable 10.5." in body
+    )
+    assert "| on held-out completions | before | after |" in body
+    # Hanley and McNeil for A = 0.75 of 8 and 12.
+    couples = "couples whose desirable completion has the higher reward"
+    assert f"| {couples} | 40.0% | 75.0% (95% interval 51.9% to 98.1%) |" in body
+    assert "| log-probability of the undesirable completion, nats | – | −9.5 |" in body
+    assert not [word for word in ("pair", "chosen", "rejected") if word in body]
+
+
+def test_rankings_are_called_so(make_run: MakeRun) -> None:
+    part = {
+        "unit": "ranking",
+        "used": 40,
+        "longer_wins": 0.3,
+        "lengths": {"best": {"median": 5}, "worst": {"median": 6}},
+    }
+    metrics = [{"step": 9, "eval_rewards/accuracies": 0.75, "eval_logps/chosen": -8.5}]
+    _, body = card_of(make_run({"metrics.jsonl": metrics, "data.json": {"train": part, "eval": part}}))
+    assert "trained on rankings of completions with Penchant" in body
+    assert "120 steps, 960 rankings seen" in body
+    assert "40 rankings; median length in tokens: best 5, worst 6; the best completion is longer than the worst" in body
+    assert "| couples whose better completion has the higher reward | – | 75.0% |" in body
+    assert "30.0% of the rankings, best against worst." in body
+    assert "pair" not in body
+
+
+def test_a_weighted_sum_is_told_term_by_term(make_run: MakeRun) -> None:
+    terms = {"dpo": {"weight": 1.0, "beta": 0.1}, "sft": {"weight": 0.25, "per": "sequence"}}
+    doc = "A sum of losses.\n\nRaises:\n    ValueError: never."
+    _, body = card_of(make_run({"summary.json": summary_with(method="rpo", loss=terms, loss_doc=doc)}))
+    assert "(method `rpo`, `1 × dpo, beta = 0.1; 0.25 × sft, per = sequence`)" in body
+    assert "A sum of losses." in body
+    assert "ValueError" not in body
+
+
+def test_a_loss_without_settings_is_not_told_twice(make_run: MakeRun) -> None:
+    _, body = card_of(make_run({"summary.json": summary_with(loss={"name": "dpo"})}))
+    assert "(method `dpo`)" in body

@@ -1,87 +1,20 @@
 """Runs side by side: the figures are those of the run directories, and what cannot be compared is said to be so."""
 
-import io
-import itertools
 import json
 import math
 import re
 import subprocess
 import sys
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
-from xml.etree import ElementTree
 
 import pytest
-import yaml
-from rich.cells import cell_len
-from rich.console import Console
 
 from penchant.errors import UserError
-from penchant.report import as_markdown, compare, print_comparison, to_json, write_comparison
-from penchant.report.compare import Comparison
-from penchant.report.figures import percent
-from penchant.report.intervals import Interval, interval_chart, short_names
-from tests.report.conftest import write_json, write_jsonl
-from tests.report.test_page import EVIL, Dom, charts_of
-
-DPO = {"name": "dpo", "beta": 0.1, "label_smoothing": 0.0}
-IPO = {"name": "ipo", "beta": 0.1}
-MakeOne = Callable[..., Path]
-
-
-def held_out(step: int, accuracy: float, **more: float) -> dict[str, Any]:
-    line = {"rewards/accuracies": accuracy, "rewards/chosen": 0.0, "rewards/rejected": 0.0, **more}
-    return {"step": step, **{f"eval_{name}": value for name, value in line.items()}}
-
-
-@pytest.fixture
-def make_one(tmp_path: Path) -> MakeOne:
-    """Makes a small run directory; settings go into the run file, `summary` and `data` over what is there."""
-
-    def make(
-        name: str,
-        accuracy: float | None = 0.875,
-        *,
-        loss: dict[str, Any] = DPO,
-        method: str = "dpo",
-        before: dict[str, Any] | None = None,
-        after: dict[str, float] | None = None,
-        summary: dict[str, Any] | None = None,
-        held_out_data: dict[str, Any] | None = None,
-        **settings: Any,
-    ) -> Path:
-        run_dir = tmp_path / name
-        run_dir.mkdir(parents=True)
-        run = {"model": "owner/tiny", "data": "pairs.jsonl", "output_dir": str(run_dir), "method": method, "loss": loss}
-        run |= {"learning_rate": 5e-7, "batch_size": 8, "seed": 0, "logging_steps": 1, **settings}
-        (run_dir / "run.yaml").write_text(yaml.safe_dump(run, sort_keys=False), encoding="utf-8")
-        lines = [before or held_out(0, 0.5)]
-        lines += [] if accuracy is None else [held_out(20, accuracy, **(after or {}))]
-        write_jsonl(run_dir / "metrics.jsonl", lines)
-        evaluated = {"used": 96, "longer_wins": 0.3, "sha256": "e" * 64, **(held_out_data or {})}
-        write_json(run_dir / "data.json", {"train": {"used": 160, "sha256": "t" * 64}, "eval": evaluated})
-        told = {"status": "finished", "method": method, "loss": loss, "steps": 20, "pairs_seen": 160}
-        told |= {"wall_s": 250.0, "peak_memory_bytes": 3 * 2**30, "model_sha256": "m" * 64, **(summary or {})}
-        write_json(run_dir / "summary.json", told)
-        return run_dir
-
-    return make
-
-
-def printed(comparison: Comparison, width: int = 80) -> list[str]:
-    console = Console(file=io.StringIO(), width=width)
-    print_comparison(comparison, console)
-    return console.file.getvalue().splitlines()  # type: ignore[attr-defined]
-
-
-def table_of(page: str) -> list[list[str]]:
-    rows = re.findall(r"<tr.*?</tr>", page, flags=re.DOTALL)
-    return [[Dom(cell).text() for cell in re.findall(r"<t[hd].*?</t[hd]>", row, flags=re.DOTALL)] for row in rows]
-
-
-def page_of(comparison: Comparison, tmp_path: Path) -> str:
-    return write_comparison(comparison, tmp_path / "compare.html").read_text(encoding="utf-8")
+from penchant.report import as_markdown, compare, to_json, write_comparison
+from tests.report.conftest import DPO, IPO, MakeOne, held_out, write_json, write_jsonl
+from tests.report.test_page import EVIL, Dom
+from tests.report.test_table import page_of, printed
 
 
 def test_a_row_holds_the_figures_of_its_run(make_one: MakeOne) -> None:
@@ -108,7 +41,7 @@ def test_a_row_holds_the_figures_of_its_run(make_one: MakeOne) -> None:
         "rejected_reward": -2.0,
         "chosen_logps_change": -6.5,
         "steps": 20,
-        "pairs_seen": 160,
+        "examples_seen": 160,
         "wall_s": 250.0,
         "peak_memory_bytes": 3 * 2**30,
     }
@@ -123,54 +56,6 @@ def test_the_most_accurate_comes_first_and_the_unmeasured_last(make_one: MakeOne
     accuracies = {"fair": 0.75, "none": None, "best": 0.9375, "twin": 0.75, "poor": 0.25}
     comparison = compare([make_one(name, accuracy) for name, accuracy in accuracies.items()])
     assert [row.name for row in comparison.rows] == ["best", "fair", "twin", "poor", "none"]
-
-
-def test_baselines_stand_where_their_accuracy_puts_them(make_one: MakeOne, tmp_path: Path) -> None:
-    runs = [make_one(name, share) for name, share in (("good", 0.75), ("even", 0.5), ("bad", 0.25))]
-    comparison = compare([*runs, make_one("none", None)])
-    assert comparison.baselines == pytest.approx(
-        {"chance": 0.5, "longer one wins": 0.3, "shorter one wins, at most": 0.7}
-    )
-    order = ["good", "shorter one wins, at most", "even", "chance", "longer one wins", "bad", "none"]
-    assert [row[0] for row in table_of(page_of(comparison, tmp_path))[1:]] == order
-
-
-def test_different_shares_of_longer_completions_are_a_column_and_no_line(make_one: MakeOne, tmp_path: Path) -> None:
-    comparison = compare([make_one("a"), make_one("b", held_out_data={"longer_wins": 0.62})])
-    assert comparison.baselines == {"chance": 0.5}
-    head, *rows = table_of(page_of(comparison, tmp_path))
-    place = next(i for i, label in enumerate(head) if label.startswith("Longer wins"))
-    assert [row[place] for row in rows] == ["30.0%", "62.0%", ""]
-
-
-def test_settings_that_differ_are_columns_and_the_others_are_told_once(make_one: MakeOne, tmp_path: Path) -> None:
-    runs = [make_one(f"r{i}", loss={**DPO, "beta": beta}, logging_steps=i) for i, beta in enumerate((0.1, 0.05), 1)]
-    comparison = compare([*runs, make_one("r3", loss={**DPO, "beta": 0.0123456}, lora={"rank": 8})])
-    assert comparison.different == ("loss.beta", "lora.rank", "logging_steps")
-    same = {"method": "dpo", "loss.name": "dpo", "loss.label_smoothing": 0.0, "model": "owner/tiny"}
-    assert comparison.same == same | {"data": "pairs.jsonl", "learning_rate": 5e-7, "batch_size": 8, "seed": 0}
-    head, *rows = table_of(page_of(comparison, tmp_path))
-    assert head[:4] == ["Run", "loss.beta", "lora.rank", "logging_steps"]
-    cells = {row[0]: row[1:4] for row in rows}
-    # A setting is not rounded: two that differ in the fourth digit must not look the same.
-    assert cells["r1"] == ["0.1", "–", "1"]
-    assert cells["r3"] == ["0.0123456", "8", "1"]
-    said = " ".join(" ".join(printed(comparison)).split())
-    assert "The same in all: method dpo, loss.name dpo, loss.label_smoothing 0, model owner/tiny" in said
-    assert "learning_rate 5e-7" in said
-
-
-def test_losses_with_settings_of_their_own_share_one_column(make_one: MakeOne, tmp_path: Path) -> None:
-    terms = {"dpo": {"weight": 1.0, "beta": 0.1}, "sft": {"weight": 0.2}}
-    runs = [make_one("d"), make_one("i", loss=IPO, method="ipo"), make_one("r", loss=terms, method="rpo")]
-    comparison = compare(runs)
-    assert comparison.different == ("method", "loss")
-    assert not [key for key in comparison.same if key.startswith("loss")]
-    cells = {row[0]: row[1:3] for row in table_of(page_of(comparison, tmp_path))}
-    assert cells["d"] == ["dpo", "beta = 0.1, label_smoothing = 0"]
-    assert cells["i"] == ["ipo", "beta = 0.1"]
-    assert cells["r"] == ["rpo", "1 × dpo, beta = 0.1; 0.2 × sft"]
-    assert comparison.rows[2].loss == terms
 
 
 def test_a_name_of_a_loss_that_the_method_does_not_tell_is_a_column(make_one: MakeOne) -> None:
@@ -190,8 +75,8 @@ def test_comparable_runs_come_without_a_warning(make_one: MakeOne) -> None:
         ({"held_out_data": {"sha256": "f" * 64}}, "the held-out pairs are not the same (2 kinds: a, b; c)"),
         ({"held_out_data": {"sha256": None}}, "not known whether these were held against the same pairs"),
         ({"summary": {"model_sha256": "0"}}, "did not start from the same model (2 kinds: a, b; c)"),
-        ({"summary": {"steps": 30, "pairs_seen": 240}}, "20 to 30 steps and 160 to 240 pairs seen"),
-        ({"summary": {"pairs_seen": 80}}, "not go equally far: 80 to 160 pairs seen."),
+        ({"summary": {"steps": 30, "examples_seen": 240}}, "20 to 30 steps and 160 to 240 pairs seen"),
+        ({"summary": {"examples_seen": 80}}, "not go equally far: 80 to 160 pairs seen."),
         ({"summary": {"status": "running"}}, "Not finished, so these figures may change: c (running)."),
     ],
 )
@@ -203,8 +88,7 @@ def test_what_cannot_be_compared_is_said(make_one: MakeOne, changes: dict[str, A
 
 
 def test_other_training_pairs_are_said(make_one: MakeOne) -> None:
-    other = make_one("b")
-    write_json(other / "data.json", {"train": {"sha256": "x"}, "eval": {"used": 96, "sha256": "e" * 64}})
+    other = make_one("b", train_data={"sha256": "x"})
     assert compare([make_one("a"), other]).warnings == ("The runs were not trained on the same pairs (2 kinds: a; b).",)
 
 
@@ -282,41 +166,6 @@ def test_nothing_and_nowhere_are_the_users_to_mend(make_one: MakeOne, tmp_path: 
         write_comparison(compare([tmp_path / "a"]), tmp_path / "nowhere" / "compare.html")
 
 
-def many(make_one: MakeOne, num_runs: int) -> Comparison:
-    accuracies = {i: (i * 37 % 97) / 96 for i in range(num_runs)}
-    methods = ("dpo", "ipo", "kto")
-    runs = [
-        make_one(f"SmolLM2-135M-Instruct-{methods[i % 3]}-{i}", accuracy, loss={**DPO, "beta": i / 10}, seed=i)
-        for i, accuracy in accuracies.items()
-    ]
-    return compare(runs)
-
-
-@pytest.mark.parametrize("width", [40, 80, 200])
-def test_the_printed_table_fits_the_terminal(make_one: MakeOne, width: int) -> None:
-    comparison = many(make_one, 35)
-    lines = printed(comparison, width)
-    assert max(map(cell_len, lines)) <= width
-    head = next(i for i, line in enumerate(lines) if line.startswith("Run "))
-    table = lines[head : lines.index("", head)]
-    for row in comparison.rows:
-        (line,) = (line for line in table if line.split(" ")[0].endswith(f"-{row.settings['seed']}"))
-        assert percent(row.figures["accuracy"]) in line
-        if width >= 80:
-            low, high = row.figures["interval"]
-            assert f"{100 * low:.1f}–{100 * high:.1f}%" in line
-            assert f"{row.settings['loss.beta']:g}" in line.split()
-    gone = " ".join(lines).partition("No room for: ")[2].partition(". ")[0]
-    for label in ("Pairs", "Memory", "Steps", "Time"):
-        assert (label in table[0]) != (label in gone)
-
-
-def test_names_are_no_markup_in_the_terminal(make_one: MakeOne) -> None:
-    text = "\n".join(printed(compare([make_one("[red]a"), make_one("\\[b]", model="[bold]")])))
-    for name in ("[red]a ", "\\[b] ", "[bold] "):
-        assert name in text
-
-
 def test_json_holds_the_numbers_and_every_program_reads_it(make_one: MakeOne) -> None:
     run_dir = make_one("a", after={"kl": 0.03})
     (run_dir / "run.yaml").write_text("learning_rate: .nan\nseed: .inf\nx: 2026-01-01\nlist: [a, 2]\n")
@@ -327,17 +176,6 @@ def test_json_holds_the_numbers_and_every_program_reads_it(make_one: MakeOne) ->
     assert settings.items() <= told["runs"][0]["settings"].items()
     assert told["baselines"]["longer one wins"] == 0.3
     assert told["runs"][0]["hashes"] == {"model": "m" * 64, "train": "t" * 64, "eval": "e" * 64}
-
-
-def test_markdown_is_one_table_of_even_rows_without_local_paths(make_one: MakeOne) -> None:
-    model = "/home/ada/models/tiny|x"
-    text = as_markdown(compare([make_one("a|b*", model=model), make_one("c", 0.5, model=model, seed=3)]))
-    lines = [line for line in text.splitlines() if line.startswith("|")]
-    assert len({len(re.findall(r"(?<!\\)\|", line)) for line in lines}) == 1
-    assert lines[0].startswith("| run | seed | Accuracy, held-out | 95% interval, of the accuracy | Held out, pairs |")
-    assert lines[2].startswith(r"| a\|b\* | 0 | 87.5% | 79.4–92.7% | 96 |")
-    assert "ada" not in text
-    assert r"model tiny\|x" in text
 
 
 def test_nothing_in_the_page_can_run_or_fetch(make_one: MakeOne, tmp_path: Path) -> None:
@@ -375,77 +213,6 @@ def test_texts_are_shown_and_never_obeyed(make_one: MakeOne, tmp_path: Path) -> 
     assert not re.search("[\x00-\x08\x0b-\x1f\x7f-\x9f\ud800-\udfff]", "".join(printed(comparison)))
 
 
-def coordinate(element: ElementTree.Element, name: str) -> float:
-    return float(element.get(name, ""))
-
-
-@pytest.mark.parametrize("num_runs", [1, 2, 40])
-def test_the_chart_shows_the_figures_of_the_table(make_one: MakeOne, tmp_path: Path, num_runs: int) -> None:
-    comparison = many(make_one, num_runs)
-    page = page_of(comparison, tmp_path)
-    chart = charts_of(page)["Held-out accuracy"]
-    ticks = [t for t in chart.iter("text") if t.get("class") == "tick x"]
-    ticks = [t for t in ticks if t.get("y") == ticks[0].get("y")]
-    (x0, v0), (x1, v1) = ((coordinate(t, "x"), float(t.text or "")) for t in (ticks[0], ticks[-1]))
-
-    def value(x: float) -> float:
-        return v0 + (x - x0) * (v1 - v0) / (x1 - x0)
-
-    def close(found: float, expected: float) -> bool:
-        return abs(found - expected) <= 0.11 * (v1 - v0) / (x1 - x0)  # a coordinate has one decimal
-
-    table = {row[0]: row for row in table_of(page)}
-    groups = list(chart.iter("g"))
-    assert len(groups) == num_runs
-    for group, row in zip(groups, comparison.rows, strict=True):
-        (dot,), (bar,) = group.iter("circle"), (e for e in group.iter("line") if "held-out" in e.get("class", ""))
-        low, high = row.figures["interval"]
-        assert close(value(coordinate(dot, "cx")), 100 * row.figures["accuracy"])
-        assert close(value(coordinate(bar, "x1")), 100 * low)
-        assert close(value(coordinate(bar, "x2")), 100 * high)
-        assert (group.findtext("title") or "").startswith(f"{row.name}: {percent(row.figures['accuracy'])}, 95% ")
-        assert percent(row.figures["accuracy"]) in table[row.name]
-        assert f"{100 * low:.1f}–{100 * high:.1f}%" in table[row.name]
-        assert row.name in (chart.findtext("desc") or "")
-    lines = [line for line in chart if line.get("class") in ("zero", "base")]
-    assert [line.get("class") for line in lines] == ["zero", "base", "base"]
-    for line, expected in zip(lines, (50.0, 30.0, 70.0), strict=True):
-        assert close(value(coordinate(line, "x1")), expected)
-
-
-@pytest.mark.parametrize("num_runs", [2, 40])
-def test_forty_rows_neither_touch_nor_leave_the_drawing(make_one: MakeOne, tmp_path: Path, num_runs: int) -> None:
-    chart = charts_of(page_of(many(make_one, num_runs), tmp_path))["Held-out accuracy"]
-    width, height = map(float, chart.get("viewBox", "").split()[2:])
-    rows = [coordinate(dot, "cy") for dot in chart.iter("circle")]
-    # Letters are 11 high; the bottom holds the ticks and the unit.
-    assert all(b - a >= 15 for a, b in itertools.pairwise(rows))
-    assert rows[-1] < height - 40
-    assert width == 360
-    names = [text for group in chart.iter("g") for text in group.iter("text")][::2]
-    assert len({text.text for text in names}) == num_runs
-    bars = [coordinate(bar, "x1") for bar in chart.iter("line") if "held-out" in bar.get("class", "")]
-    assert max(6.1 * cell_len(text.text or "") for text in names) < min(bars)
-
-
-def test_a_share_without_an_interval_is_a_mark_alone() -> None:
-    svg = ElementTree.fromstring(interval_chart("c", "T", "%", [Interval("a", 0.5), Interval("b", 0.5)], []))
-    assert len(list(svg.iter("circle"))) == 2
-    assert not [line for line in svg.iter("line") if "held-out" in line.get("class", "")]
-    assert svg.findtext("desc") == "a: 50.0%; b: 50.0%"
-
-
-def test_names_lose_their_common_beginning_before_their_middle() -> None:
-    assert short_names(["model-dpo", "model-ipo"], 24) == ["model-dpo", "model-ipo"]
-    assert short_names(["model-dpo", "model-dpo-2", "model-ipo"], 8) == ["…dpo", "…dpo-2", "…ipo"]
-    assert short_names(["abcdefghijkl"], 7) == ["abc…jkl"]
-    assert short_names(["runs and more", "other"], 24) == ["runs and more", "other"]
-    wide = short_names(["模型" * 20, "x"], 11)
-    assert wide[0].count("…") == 1
-    assert cell_len(wide[0]) <= 11
-    assert short_names(["same-long-name"] * 2, 8) == ["same…ame"] * 2
-
-
 def test_a_comparison_is_made_without_torch(make_one: MakeOne, tmp_path: Path) -> None:
     code = (
         "import sys, pathlib; from penchant.report import compare, write_comparison; "
@@ -454,3 +221,93 @@ def test_a_comparison_is_made_without_torch(make_one: MakeOne, tmp_path: Path) -
     )
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
     assert "Held-out accuracy" in (tmp_path / "a" / "c.html").read_text(encoding="utf-8")
+
+
+BOTH = {"lengths": {"desirable": {}, "undesirable": {}}}
+COMPLETIONS = {"unit": "completion", "used": 320, "desirable": 160, "sha256": "c" * 64, **BOTH}
+TWICE = {"steps": 40, "examples_seen": 320}
+
+
+def test_the_same_rows_taken_as_completions_are_no_other_data(make_one: MakeOne) -> None:
+    kto = make_one("k", 0.75, method="kto", train_data=COMPLETIONS, summary=TWICE)
+    comparison = compare([make_one("a"), make_one("b"), kto])
+    assert comparison.warnings == ()
+    assert comparison.notes[0] == (
+        "All learned from the same rows, taken as pairs (a, b) and as completions (k): hence 20 to 40 steps and "
+        "160 to 320 examples seen."
+    )
+    assert [row.units for row in comparison.rows] == [{"train": "pair", "eval": "pair"}] * 2 + [
+        {"train": "completion", "eval": "pair"}
+    ]
+    assert "87.5% of 96 held-out pairs (95% interval 79.4% to 92.7%). The intervals of 2 others" in comparison.headline
+
+
+def test_completions_of_another_file_are_other_data(make_one: MakeOne) -> None:
+    for change in ({"path": "other.jsonl"}, {"families": {"trl": 255}}):
+        name = next(iter(change))
+        other = make_one(f"{name}/k", method="kto", train_data={**COMPLETIONS, **change}, summary=TWICE)
+        warnings = compare([make_one(f"{name}/a"), other]).warnings
+        assert warnings == (
+            "The runs were not trained on the same examples (2 kinds: a; k).",
+            "The runs did not go equally far: 20 to 40 steps and 160 to 320 examples seen.",
+        )
+
+
+def test_runs_of_one_kind_that_differ_are_not_excused_by_another_kind(make_one: MakeOne) -> None:
+    kto = make_one("k", method="kto", train_data=COMPLETIONS, summary=TWICE)
+    half = make_one("h", summary={"steps": 10, "examples_seen": 80})
+    assert compare([make_one("a"), half, kto]).warnings == (
+        "The runs did not go equally far: 10 to 40 steps and 80 to 320 examples seen.",
+    )
+    other = make_one("o", train_data={"sha256": "x"})
+    (warning,) = compare([make_one("b"), other, kto]).warnings[:1]
+    assert warning == "The runs were not trained on the same examples (3 kinds: b; k; o)."
+
+
+def test_runs_on_completions_are_compared_in_their_words(make_one: MakeOne, tmp_path: Path) -> None:
+    part = {"unit": "completion", "used": 20, "desirable": 8, "longer_wins": None, "sha256": "e", **BOTH}
+    runs = [make_one(name, share, train_data=part, held_out_data=part) for name, share in (("a", 0.75), ("b", 0.5))]
+    comparison = compare(runs)
+    # Hanley and McNeil of 8 and 12: 0.75 down to 0.519; 0.5 up to 0.5 + 1.96 sqrt(0.0182292) = 0.765.
+    assert comparison.headline == (
+        "a comes first: the desirable completion has the higher reward in 75.0% of the couples of a desirable and an "
+        "undesirable one among 20 held-out completions (95% interval 51.9% to 98.1%). The interval of 1 other run "
+        "overlaps with it, so the order among these may be chance."
+    )
+    assert comparison.baselines == {"chance": 0.5}
+    page = page_of(comparison, tmp_path)
+    assert "% of held-out couples with the desirable one ahead" in page
+    assert '<th scope="col" class="number">Undesirable reward</th>' in page
+    assert "Held out<small>completions</small>" in page
+    assert not [
+        word
+        for word in ("pair", "hosen", "ejected")
+        if word in page.partition("</style>")[2].replace("pairs.jsonl", "")
+    ]
+
+
+def test_rankings_beside_pairs_are_told_in_words_true_of_both(make_one: MakeOne, tmp_path: Path) -> None:
+    ranking = {"unit": "ranking", "sha256": "r"}
+    runs = [make_one("a", 0.75), make_one("r", train_data=ranking, held_out_data=ranking)]
+    comparison = compare(runs)
+    agreement = "the better completion has the higher reward in 87.5% of the couples within 96 held-out rankings"
+    assert comparison.headline == f"r comes first: {agreement}."
+    assert comparison.warnings == (
+        "Not comparable: the held-out examples are not the same (2 kinds: r; a), so accuracies answer different "
+        "questions.",
+    )
+    assert "All learned from the same rows, taken as rankings (r) and as pairs (a)." in comparison.notes
+    # The length rule is about all pairs of the one and about best and worst of the other: no line for both.
+    assert comparison.baselines == {"chance": 0.5}
+    assert "% of held-out couples with the better one ahead" in page_of(comparison, tmp_path)
+
+
+def test_the_length_rule_of_rankings_says_what_it_is_about(make_one: MakeOne) -> None:
+    runs = [make_one(name, held_out_data={"unit": "ranking"}) for name in "ab"]
+    assert compare(runs).baselines == pytest.approx(
+        {
+            "chance": 0.5,
+            "longer one wins, best against worst": 0.3,
+            "shorter one wins, at most, best against worst": 0.7,
+        }
+    )

@@ -1,10 +1,12 @@
 """Numbers as people read them."""
 
 import math
+import random
+from statistics import NormalDist, pstdev
 
 import pytest
 
-from penchant.report.figures import duration, magnitude, number, percent, size, wilson_interval
+from penchant.report.figures import duration, magnitude, number, percent, roc_interval, size, wilson_interval
 
 
 @pytest.mark.parametrize(
@@ -66,3 +68,37 @@ def test_wilson_bounds_solve_the_score_equation(share: float, n: int) -> None:
 def test_wilson_interval_needs_a_trial() -> None:
     with pytest.raises(ValueError, match="num_trials"):
         wilson_interval(0.5, 0)
+
+
+def test_roc_interval_is_the_one_worked_by_hand() -> None:
+    # A = 0.75, A^2 = 0.5625, Q1 = 0.75 / 1.25 = 0.6, Q2 = 1.125 / 1.75 = 0.642857; of 4 and 6 examples
+    # SE^2 = (0.1875 + 3 * 0.0375 + 5 * 0.080357) / 24 = 0.701786 / 24 = 0.0292411, SE = 0.171000.
+    low, high = roc_interval(0.75, 4, 6, z=1.0) or (0, 0)
+    assert (low, high) == (pytest.approx(0.579, abs=1e-6), pytest.approx(0.921, abs=1e-6))
+    # Of 6 and 4 it is (0.1875 + 5 * 0.0375 + 3 * 0.080357) / 24 = 0.0256696, SE = 0.160217: the classes differ.
+    assert roc_interval(0.75, 6, 4, z=1.0) == pytest.approx((0.589783, 0.910217), abs=1e-6)
+    assert roc_interval(0.75, 4, 6) == (pytest.approx(0.75 - 1.959964 * 0.171, abs=1e-5), 1.0)
+
+
+def test_roc_interval_is_as_wide_as_areas_of_exponential_scores_scatter() -> None:
+    # For scores with exponential distributions Q1 and Q2 are exact. P(positive > negative) = 1 / (1 + rate).
+    noise = random.Random(5)
+    num_positive, num_negative, rate = 12, 20, 0.25
+    areas = []
+    for _ in range(3000):
+        negative = [noise.expovariate(1.0) for _ in range(num_negative)]
+        positive = [noise.expovariate(rate) for _ in range(num_positive)]
+        areas.append(sum(p > n for p in positive for n in negative) / (num_positive * num_negative))
+    low, high = roc_interval(0.8, num_positive, num_negative, z=1.0) or (0, 0)
+    assert (high - low) / 2 == pytest.approx(pstdev(areas), rel=0.05)
+
+
+def test_both_intervals_agree_on_how_sure_95_percent_is() -> None:
+    z = NormalDist().inv_cdf(0.975)
+    assert roc_interval(0.6, 9, 9) == pytest.approx(roc_interval(0.6, 9, 9, z=z), abs=1e-6)
+    assert wilson_interval(0.6, 9) == pytest.approx(wilson_interval(0.6, 9, z=z), abs=1e-6)
+
+
+@pytest.mark.parametrize("unknown", [(0.7, 0, 5), (0.7, 5, 0), (0.7, 5, -1), (1.0, 5, 5), (0.0, 5, 5)])
+def test_one_class_alone_and_an_area_without_spread_have_no_roc_interval(unknown: tuple[float, int, int]) -> None:
+    assert roc_interval(*unknown) is None

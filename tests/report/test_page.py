@@ -131,20 +131,22 @@ def test_the_policy_names_the_style_sheet_that_is_in_the_page(make_run: MakeRun)
 EVIL = "<script>alert(1)</script></textarea></pre></style>\"'><img src=x onerror=alert(2)>&amp;\x00\x1b[31m\ud800\x9f"
 
 
-def test_texts_are_shown_and_never_obeyed(make_run: MakeRun) -> None:
+@pytest.mark.parametrize("idle", ["pairs.jsonl", "completions.jsonl"])
+def test_texts_are_shown_and_never_obeyed(make_run: MakeRun, idle: str) -> None:
     names = ("source", "prompt", "chosen", "rejected")
     lengths = {"mean": 1, "median": EVIL, "max": None}
     data = {"path": EVIL, "rows": 2, "families": {EVIL: 1}, "used": 1, "dropped": {EVIL: 1}, "examples": [EVIL]}
     parts = {
         "samples.jsonl": [{"prompt": EVIL, "before": EVIL, "after": EVIL, "chosen": EVIL}],
         "pairs.jsonl": [{**dict.fromkeys(names, EVIL), "chosen_reward": 1.0, "rejected_reward": 0.5, "split": EVIL}],
+        "completions.jsonl": [{**dict.fromkeys(names, EVIL), "completion": EVIL, "desirable": EVIL, "reward": 1.0}],
         "events.jsonl": [{"step": EVIL, "severity": EVIL, "code": EVIL, "message": EVIL}],
         "metrics.jsonl": [{"step": 1, "loss": 1.0, EVIL: 2.0}],
-        "data.json": {"train": {**data, "lengths": {"prompt": lengths}}, "eval": None},
+        "data.json": {"train": {**data, "lengths": {EVIL: lengths}, "unit": EVIL}, "eval": None},
         "summary.json": {"model": EVIL, "loss": {"name": EVIL}, "versions": {EVIL: EVIL}, "reference": EVIL},
         "run.yaml": EVIL.replace("\ud800", ""),
     }
-    page = page_of(make_run(parts))
+    page = page_of(make_run({**parts, idle: None}))
     dom = Dom(page)
     assert dom.open == []
     assert not {tag for tag, _ in dom.tags} & {"script", "img", "textarea"}
@@ -185,7 +187,7 @@ def test_a_cut_last_line_is_passed_over_and_a_broken_one_counted(make_run: MakeR
     assert "could not be read and were passed over: 1." in page_of(run_dir)
 
 
-@pytest.mark.parametrize("name", ["metrics.jsonl", "events.jsonl", "samples.jsonl", "pairs.jsonl"])
+@pytest.mark.parametrize("name", ["metrics.jsonl", "events.jsonl", "samples.jsonl", "pairs.jsonl", "completions.jsonl"])
 @pytest.mark.parametrize("rows", ['[]\n"x"\n3\nnull\n{}\n', '{"step": {}, "prompt": 3, "chosen": [1, {"role": 2}]}\n'])
 def test_rows_of_another_make_do_no_harm(make_run: MakeRun, name: str, rows: str) -> None:
     assert Dom(page_of(make_run({name: rows}))).open == []
@@ -238,9 +240,9 @@ def test_the_pairs_at_both_ends_are_the_right_ones(make_run: MakeRun) -> None:
         for i in range(3001)
     ]
     pairs = read_run(make_run({"pairs.jsonl": rows})).pairs["train"]
-    assert [round(row["margin"] * 10) for row in pairs.most] == [3000, 2999, 2998, 2997, 2996]
-    assert [round(row["margin"] * 10) for row in pairs.least] == [0, 1, 2, 3, 4]
-    assert len(pairs.margins) == 3001
+    assert [round(row["margin"] * 10) for row in pairs.margins.highest] == [3000, 2999, 2998, 2997, 2996]
+    assert [round(row["margin"] * 10) for row in pairs.margins.lowest] == [0, 1, 2, 3, 4]
+    assert len(pairs.margins.values) == 3001
 
 
 def test_long_texts_are_cut_with_a_note(make_run: MakeRun) -> None:

@@ -14,6 +14,7 @@ from rich.cells import cell_len
 from penchant.report.charts import BOTTOM, HEIGHT, RIGHT, WIDTH, Baseline, Scale, drawing, nice_step, swatch, ticks
 from penchant.report.charts import tick_labels as labels_of
 from penchant.report.figures import MISSING, Number, percent
+from penchant.report.units import Ends, Unit
 
 ROW = 17
 FIRST_ROW = 22
@@ -27,7 +28,7 @@ class Interval:
 
     label: str
     share: Number
-    ends: tuple[Number, Number] | None = None
+    ends: Ends | None = None
 
 
 def interval_chart(name: str, title: str, unit: str, rows: Sequence[Interval], baselines: Sequence[Baseline]) -> str:
@@ -46,11 +47,11 @@ def interval_chart(name: str, title: str, unit: str, rows: Sequence[Interval], b
 
 
 def accuracy_chart(
-    runs: Sequence[tuple[str, Number | None, tuple[Number, Number] | None]], baselines: Mapping[str, Number]
+    runs: Sequence[tuple[str, Number | None, Ends | None]], baselines: Mapping[str, Number], of: Unit
 ) -> dict[str, Any] | None:
     """The chart of held-out accuracies with its legend, as a template shows them; None when there are none.
 
-    A run is its name, its accuracy and the interval of that.
+    A run is its name, its accuracy and the interval of that; `of` is what the accuracies were measured on.
     """
     rows = [Interval(name, share, ends) for name, share, ends in runs if share is not None]
     if not rows:
@@ -58,12 +59,12 @@ def accuracy_chart(
     levels = [Baseline(name, share, "zero" if name == "chance" else "base") for name, share in baselines.items()]
     legend = [(Markup(swatch("first", marked=True)), "a run and its 95% interval", "")]
     legend += [(Markup(swatch(level.kind)), level.label, percent(level.value)) for level in levels]
-    unit = "% of held-out pairs with the chosen one ahead"
+    unit = f"% of held-out {of.couples} with the {of.better} one ahead"
     svg = interval_chart("accuracies", "Held-out accuracy", unit, rows, levels)
     return {"svg": Markup(svg), "legend": legend, "num_missing": len(runs) - len(rows)}
 
 
-def span(ends: tuple[Number, Number] | None) -> str:
+def span(ends: Ends | None) -> str:
     """Both ends of an interval: 79.4–92.7%."""
     return MISSING if ends is None else f"{percent(ends[0])[:-1]}–{percent(ends[1])}"
 

@@ -235,7 +235,10 @@ def _data_part(found: Mapping[str, Any], title: str) -> dict[str, Any] | None:
         "dropped": counts(found.get("dropped")),
         "examples": [clip(example, 500) for example in examples[:MAX_ITEMS]] if isinstance(examples, list) else [],
         "lengths": [
-            (clip(which, 100), *(number(finite(as_mapping(lengths.get(which)).get(key))) for key in ("mean", "median", "max")))
+            (
+                clip(which, 100),
+                *(number(finite(as_mapping(lengths.get(which)).get(key))) for key in ("mean", "median", "max")),
+            )
             for which in list(lengths)[:MAX_ITEMS]
         ],
     }

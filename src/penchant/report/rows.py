@@ -64,9 +64,9 @@ def _answer_length(run: RunRecord) -> Number | None:
 
 
 COLUMNS = (
-    Column("status", "Status", "", 1, lambda run: run.summary.get("status"), lambda s: str(s or "not begun"), True),
     Column("accuracy", "Accuracy", "held-out", 0, _of_accuracy("after"), percent),
     Column("interval", "95% interval", "of the accuracy", 1, _of_accuracy("interval"), span),
+    Column("status", "Status", "", 1, lambda run: run.summary.get("status"), lambda s: str(s or "not begun"), True),
     Column("kl", "KL", "nats per token", 3, _after("kl")),
     Column("margin", "Margin", "of rewards", 4, _after("rewards/margins")),
     Column("chosen_reward", "{0.first} reward", "", 5, _after("rewards/chosen")),

@@ -17,7 +17,9 @@ from penchant.report.rows import COLUMNS, IN_THE_NAME, LOSS_SETTINGS, MAIN_SETTI
 from penchant.report.settings import MAIN_SETTINGS, loss_text, place, setting_text
 from penchant.report.units import Unit
 
+_ACCURACY = next(column for column in COLUMNS if column.key == "accuracy")
 _MAX_CELL = 26
+_MIN_NAMES = len("longer one wins")
 
 
 class Line(NamedTuple):
@@ -35,27 +37,34 @@ def lay_out(
     idle = {key for key in rows[0].figures if all(row.figures[key] is None for row in rows)} - {"accuracy", "status"}
     idle |= {"status"} if all(row.figures["status"] == "finished" for row in rows) else set()
     idle |= {"longer_wins"} if len(baselines) > 1 else set()
-    columns = [_in_words(column, unit) for column in COLUMNS if column.key not in idle]
-    settings = {key: _settings_cells(rows, key) for key in different}
-    lines = []
-    for i, row in enumerate(rows):
-        cells = [column.show(row.figures[column.key]) for column in columns]
-        lines.append((row.figures["accuracy"], Line(row.name, [*(of[i] for of in settings.values()), *cells], False)))
+    shown = [(_head(rows, key), _settings_cells(rows, key)) for key in different]
+    for column in COLUMNS:
+        if column.key not in idle:
+            shown.append((_in_words(column, unit), [column.show(row.figures[column.key]) for row in rows]))
+    # What tells the runs apart stands beside their names, unless it is long or in the names already.
+    beside = (MAIN_SETTING, OTHER_SETTING)
+    shown.sort(key=lambda column_and_cells: -1 if (rank := column_and_cells[0].rank) in beside else rank)
+    columns = [column for column, _ in shown]
+    lines = [
+        (row.figures["accuracy"], Line(row.name, [cells[i] for _, cells in shown], False)) for i, row in enumerate(rows)
+    ]
     for name, share in baselines.items():
-        cells = [percent(share) if column.key == "accuracy" else "" for column in columns]
-        lines.append((share, Line(name, [*("" for _ in settings), *cells], True)))
+        cells = [percent(share) if column.read is _ACCURACY.read else "" for column in columns]
+        lines.append((share, Line(name, cells, True)))
     lines.sort(key=lambda line: (line[0] is None, -(line[0] or 0)))
-    heads = [Column(key, key, rank=_rank(rows, key), is_text=True) for key in settings]
-    return [*heads, *columns], [line for _, line in lines]
+    return columns, [line for _, line in lines]
 
 
 def fit(columns: Sequence[Column], lines: Sequence[Line], width: int) -> tuple[Table, list[str]]:
-    """As many columns as a terminal is wide enough for, and the labels of those that had to go."""
-    short = iter(short_names([line.name for line in lines if not line.is_baseline], max(_MAX_CELL, width // 3)))
+    """As many columns as a terminal is wide enough for, and the labels of those that had to go and are missed."""
+    runs = short_names([line.name for line in lines if not line.is_baseline], max(_MAX_CELL, width // 3))
+    short = iter(runs)
     names = [line.name if line.is_baseline else next(short) for line in lines]
     cells = [short_names([line.cells[i] for line in lines], _MAX_CELL) for i in range(len(columns))]
     widths = [max(map(cell_len, [*of, *column.label.split()])) for of, column in zip(cells, columns, strict=True)]
-    room = width - max(map(cell_len, names))
+    # The names of the rules may break into lines: no run's figures shall give way to them.
+    longest = max(_MIN_NAMES, *map(cell_len, runs))
+    room = width - longest
     shown = []
     for i in sorted(range(len(columns)), key=lambda i: columns[i].rank):
         if widths[i] + 2 <= room:
@@ -63,12 +72,12 @@ def fit(columns: Sequence[Column], lines: Sequence[Line], width: int) -> tuple[T
             shown.append(i)
     shown.sort()
     table = Table(box=None, padding=(0, 0, 0, 2), pad_edge=False, header_style="bold")
-    table.add_column("Run", no_wrap=True)
+    table.add_column("Run", width=longest)
     for i in shown:
         table.add_column(Text(columns[i].label), justify="left" if columns[i].is_text else "right", width=widths[i])
     for j, (line, name) in enumerate(zip(lines, names, strict=True)):
         table.add_row(*map(Text, (name, *(cells[i][j] for i in shown))), style="dim" if line.is_baseline else "")
-    return table, [column.label for i, column in enumerate(columns) if i not in shown]
+    return table, [column.label for i, column in enumerate(columns) if i not in shown and column.rank != IN_THE_NAME]
 
 
 def _in_words(column: Column, unit: Unit) -> Column:
@@ -76,12 +85,14 @@ def _in_words(column: Column, unit: Unit) -> Column:
     return column._replace(label=label[:1].upper() + label[1:], unit=column.unit.format(unit))
 
 
-def _rank(rows: Sequence[Row], key: str) -> int:
+def _head(rows: Sequence[Row], key: str) -> Column:
     if all(str(row.settings.get(key)) in re.split("[,=/]", row.name) for row in rows):
-        return IN_THE_NAME
-    if key == "loss":
-        return LOSS_SETTINGS
-    return MAIN_SETTING if place(key) < len(MAIN_SETTINGS) else OTHER_SETTING
+        rank = IN_THE_NAME
+    elif key == "loss":
+        rank = LOSS_SETTINGS
+    else:
+        rank = MAIN_SETTING if place(key) < len(MAIN_SETTINGS) else OTHER_SETTING
+    return Column(key, "loss settings" if key == "loss" else key, rank=rank, is_text=True)
 
 
 def _settings_cells(rows: Sequence[Row], key: str) -> list[str]:

@@ -161,14 +161,15 @@ def _against_length(accuracy: Accuracy) -> list[str]:
 def _on_training_examples(run: RunRecord) -> list[str]:
     sentences = []
     unit = run.unit("train")
-    if change(run, "loss").after is not None and not run.series(HELD_OUT + ACCURACY).points:
+    if change(run, "loss").after is not None and False:
         examples = run.unit("eval").counted(num_held_out(run))
         sentences.append(f"Among {examples} there is no couple of a better and a worse one, so there is no accuracy.")
     elif has_held_out(run):
         sentences.append(f"Nothing was measured on held-out {run.unit('eval').plural} after training began.")
     elif run.metrics:
         sentences.append(
-            f"No {unit.plural} were held out, so nothing here tells how the model does on {unit.plural} it has not seen."
+            f"No {unit.plural} were held out, so nothing here tells how the model does on {unit.plural} it has not "
+            "seen."
         )
     mean = tail_mean(run, ACCURACY)
     if mean is not None:
@@ -190,6 +191,8 @@ def _loss(run: RunRecord) -> list[str]:
         return [f"The training loss went from {number(series.first)} to {number(series.last)}."]
     verb = "fell" if loss.after < loss.before else "rose"
     sentence = f"The held-out loss {verb} from {number(loss.before)} to {number(loss.after)}"
+    if number(loss.before) == number(loss.after):
+        sentence = f"The held-out loss stayed at {number(loss.after)}"
     if loss.after > loss.lowest + 0.02 * abs(loss.lowest):
         sentence += f", having been as low as {number(loss.lowest)}: fewer steps may do better"
     return [sentence + "."]
