@@ -8,7 +8,7 @@ from typing import Any
 from markupsafe import Markup
 
 from penchant.report.charts import Group, histogram, swatch
-from penchant.report.figures import Number, number
+from penchant.report.figures import number
 from penchant.report.rundir import Extremes, RunRecord
 from penchant.report.units import Unit
 
@@ -114,7 +114,7 @@ def _origin(row: Row) -> dict[str, Any]:
 
 def _chart(name: str, title: str, axis: str, unit: Unit, groups: Sequence[Group]) -> dict[str, Any]:
     svg, bins = histogram(f"hist-{name}", title, axis, groups)
-    legend: list[tuple[Markup, str, Number | str]] = [
+    legend = [
         (Markup(swatch(group.kind, area=True)), group.label, f"{number(len(group.values))} {unit.plural}")
         for group in groups
     ]

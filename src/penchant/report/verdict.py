@@ -161,7 +161,7 @@ def _against_length(accuracy: Accuracy) -> list[str]:
 def _on_training_examples(run: RunRecord) -> list[str]:
     sentences = []
     unit = run.unit("train")
-    if change(run, "loss").after is not None and False:
+    if change(run, "loss").after is not None and not run.series(HELD_OUT + ACCURACY).points:
         examples = run.unit("eval").counted(num_held_out(run))
         sentences.append(f"Among {examples} there is no couple of a better and a worse one, so there is no accuracy.")
     elif has_held_out(run):

@@ -17,7 +17,7 @@ from penchant.data.units import UNIT_CHECKS, Unit, as_unit
 from penchant.errors import UserError
 from penchant.losses import Loss
 from penchant.training.logger import RunLog
-from penchant.types import Example, Pair, Ranking, Text, Unpaired
+from penchant.types import Example, Pair, Ranking, Text, TokenizedExample, Unpaired
 
 _SOUND = {"T01", "T04", "T05", "U01", "U02"}
 """Codes of rows that are sound and only do not fit: they do not count against max_bad_rows."""
@@ -133,13 +133,21 @@ def tokenize_datasets(
     return Datasets(tokenized[0], tokenized[1], findings)
 
 
-def fingerprint(data: TokenizedData) -> str:
-    """sha256 over the token ids of the examples, in order, and what the data say of them."""
+def fingerprint(examples: Iterable[TokenizedExample]) -> str:
+    """sha256 over the token ids and labels of the examples, in order."""
+    said = (([list(e.prompt_ids), *map(list, e.completion_ids)], e.is_desirable) for e in examples)
+    return _sha256(said)
+
+
+def columns_fingerprint(examples: Iterable[TokenizedExample]) -> str:
+    """sha256 over what the data's columns say of the examples, in order."""
+    return _sha256((e.weight, e.margin, e.win_probabilities) for e in examples)
+
+
+def _sha256(values: Iterable[Any]) -> str:
     digest = hashlib.sha256()
-    for example in data.examples:
-        ids = [list(example.prompt_ids), *map(list, example.completion_ids)]
-        said = (example.weight, example.margin, example.win_probabilities, example.is_desirable)
-        digest.update(repr((ids, said)).encode())
+    for value in values:
+        digest.update(repr(value).encode())
     return digest.hexdigest()
 
 
@@ -216,7 +224,9 @@ def _findings(path: Any, data: ExampleData, tokenized: TokenizedData) -> dict[st
         },
         "desirable": sum(e.is_desirable is True for e in examples) if unit == "completion" else None,
         "longer_wins": float(np.mean(longer)) if longer else None,
-        "sha256": fingerprint(tokenized),
+        "most_completions": max(map(len, (example.completion_ids for example in examples)), default=0),
+        "sha256": fingerprint(examples),
+        "columns_sha256": columns_fingerprint(examples),
     }
 
 

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from penchant.config import RunConfig, config_from
-from penchant.losses import Loss, build_loss
+from penchant.losses import Loss, WeightedSum, build_loss
 from penchant.models.load import save_model
 from penchant.report import write_model_card, write_report
 from penchant.scoring.policy import Policy
@@ -230,7 +230,7 @@ def _first_summary(setup: Setup) -> dict[str, Any]:
         "started": datetime.now(UTC).isoformat(timespec="seconds"),
         "method": config.method,
         "loss": setup.loss.settings(),
-        "loss_doc": inspect.cleandoc(setup.loss.__doc__ or ""),
+        "loss_doc": _documentation(setup.loss),
         "model": config.model,
         "model_sha256": setup.base_sha256,
         "data_sha256": setup.datasets.findings["train"]["sha256"],
@@ -248,6 +248,12 @@ def _first_summary(setup: Setup) -> dict[str, Any]:
             **{package: version(package) for package in packages},
         },
     }
+
+
+def _documentation(loss: Loss) -> str:
+    """Equation and source of a loss, or of each loss of a sum."""
+    terms = [term for _, term in loss.terms] if isinstance(loss, WeightedSum) else [loss]
+    return "\n\n".join(inspect.getdoc(term) or "" for term in terms)
 
 
 def _name_of(source: Any) -> str:
