@@ -430,6 +430,31 @@ def test_a_rendered_row_is_shown_and_costed_by_a_dry_run_that_writes_nothing(
     assert set(tmp_path.rglob("*")) == before
 
 
+@pytest.mark.parametrize(
+    ("method", "data", "names"),
+    [
+        ("kto", single_rows(2), [["prompt", "desirable"], ["prompt", "undesirable"]]),
+        ("sft", single_rows(2, labels=[None]), [["prompt", "completion"]] * 2),
+        ("pl-dpo", ranked_rows(2), [["prompt", "rank 1", "rank 2", "rank 3"]] * 2),
+        ("dpo", ranked_rows(2), [["prompt", "chosen", "rejected"]] * 2),
+    ],
+)
+def test_a_dry_run_names_the_completions_of_every_unit(
+    method: str, data: list[Any], names: list[list[str]], model_folder: Path, tmp_path: Path
+) -> None:
+    from penchant.config import config_from
+    from penchant.training.logger import RunLog
+    from penchant.training.run import dry_run
+
+    file = write_rows(tmp_path / "data.jsonl", data)
+    config = config_from({"model": str(model_folder), "data": file, "eval_size": 0, "method": method})
+    shown = dry_run(config, RunLog(quiet=True))["rows"]
+    assert [list(row) for row in shown] == names
+    if data[0].get("scores"):
+        assert shown[0][names[0][1]].startswith("the cat")
+        assert shown[0][names[0][-1]].startswith("a dog")
+
+
 def test_messages_for_a_tokenizer_without_template_are_written_out_and_announced(
     tmp_path: Path, tokenizer: Any, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -667,7 +692,8 @@ def test_held_out_prompts_that_are_all_the_same_take_completions_of_the_training
 def test_kto_is_held_against_its_value_at_the_reference_before_the_first_step(
     model_folder: Path, tmp_path: Path
 ) -> None:
-    settings = {"method": "kto", "data": single_rows(), "max_steps": 1}
+    # Of one class alone, so that a wrong estimate could not cancel out.
+    settings = {"method": "kto", "data": single_rows(labels=[True]), "max_steps": 1}
     result = train_unseen(model_folder, tmp_path / "a", **settings)
     (message,) = [e["message"] for e in lines_of(result.run_dir / "events.jsonl") if e["code"] == "identity"]
     found, expected = (float(word.rstrip(",")) for word in message.split() if word[0] == "0")
@@ -693,3 +719,29 @@ def test_prompts_that_are_trained_beside_a_reference_need_none_of_its_numbers(
     assert losses[0] == pytest.approx(losses[1], rel=1e-3)
     assert losses[0][0] > LOG_TWO + 0.5
     assert losses[0][-1] < losses[0][0]
+
+
+def test_rows_are_counted_as_read_whatever_they_become(model_folder: Path, tmp_path: Path) -> None:
+    result = train(model_folder, tmp_path, method="kto", max_steps=1)
+    found = json.loads((result.run_dir / "data.json").read_text())
+    assert (found["train"]["rows"], found["train"]["used"], found["train"]["unit"]) == (12, 24, "completion")
+    assert (found["eval"]["rows"], found["eval"]["used"], found["eval"]["unit"]) == (4, 4, "pair")
+
+
+def test_one_bad_row_is_held_against_the_rows_of_the_file_not_the_pairs_made_of_them(
+    model_folder: Path, tmp_path: Path
+) -> None:
+    singles = [
+        {"prompt": f"the cat {i}", "completion": text, "label": label}
+        for i in range(6)
+        for text, label in (("sat on the mat", True), ("ran", False))
+    ]
+    data = [*singles, {"prompt": "the dog", "completion": "sat"}]  # 1 of 13 rows, and 1 of 7 examples
+    result = train(model_folder, tmp_path, data=data, max_steps=1, max_bad_rows=0.1)
+    assert json.loads((result.run_dir / "data.json").read_text())["train"]["rows"] == 13
+
+
+def test_held_out_rows_that_all_fall_away_are_an_error(model_folder: Path, tmp_path: Path) -> None:
+    lonely = [{"prompt": "the cat", "completion": "sat", "label": True}]
+    with pytest.raises(penchant.UserError, match=r"eval_data: no row is left to hold against\.\n.*U01"):
+        train(model_folder, tmp_path, eval_data=lonely)

@@ -73,11 +73,13 @@ class ExampleData:
     examples: list[Example]
     problems: list[RowProblem]
     families: dict[str, int]
+    rows_read: int | None = None
+    """How many rows these came from, where examples were made of others and no longer are one to a row."""
 
     @property
     def num_rows(self) -> int:
         """Rows read, good and bad."""
-        return len(self.examples) + len(self.problems)
+        return len(self.examples) + len(self.problems) if self.rows_read is None else self.rows_read
 
 
 def read_examples(path: str | Path) -> ExampleData:

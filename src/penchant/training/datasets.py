@@ -90,7 +90,7 @@ def fit_to_loss(config: RunConfig, loss: Loss, data: ExampleData, is_heldout: bo
                     raise UserError(
                         f"data: the loss '{loss.name}' needs {column} for every pair; {example.source} has none."
                     )
-    return ExampleData(examples, [*data.problems, *problems], data.families)
+    return ExampleData(examples, [*data.problems, *problems], data.families, data.num_rows)
 
 
 def refuse_idle_data_options(config: RunConfig, loss: Loss, examples: Sequence[Example]) -> None:
@@ -126,6 +126,9 @@ def tokenize_datasets(
         _refuse([problem for problem in problems if problem.code not in _SOUND], data.num_rows, config.max_bad_rows)
     if not tokenized[0].examples:
         raise UserError("data: no row is left to train on.\n" + _examples([*train.problems, *tokenized[0].problems]))
+    if config.eval_data and not tokenized[1].examples:
+        problems = [*heldout.problems, *tokenized[1].problems]
+        raise UserError("eval_data: no row is left to hold against.\n" + _examples(problems))
     findings = {
         "train": _findings(config.data, train, tokenized[0]),
         "eval": _findings(config.eval_data or config.data, heldout, tokenized[1]) if tokenized[1].examples else None,
@@ -186,7 +189,8 @@ def _split_by_prompt(data: ExampleData, size: float, seed: int) -> tuple[Example
             num_held += len(groups[names[place]])
     train = [example for example in examples if repr(example.prompt) not in held]
     heldout = [example for example in examples if repr(example.prompt) in held]
-    return ExampleData(train, data.problems, data.families), ExampleData(heldout, [], data.families)
+    rest = data.num_rows - len(heldout)
+    return ExampleData(train, data.problems, data.families, rest), ExampleData(heldout, [], data.families)
 
 
 def _findings(path: Any, data: ExampleData, tokenized: TokenizedData) -> dict[str, Any]:

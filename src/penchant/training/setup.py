@@ -114,11 +114,11 @@ def set_up(
     _refuse_idle_options(config, loss)
     rows = _rows(shared, data if data is not None else config.data, "data")
     refuse_bad_rows(rows, config.max_bad_rows)
-    refuse_idle_data_options(config, loss, rows.examples)
     heldout_rows = None
     if eval_data is not None or config.eval_data:
         heldout_rows = _rows(shared, eval_data if eval_data is not None else str(config.eval_data), "eval_data")
         refuse_bad_rows(heldout_rows, config.max_bad_rows)
+    refuse_idle_data_options(config, loss, [*rows.examples, *(heldout_rows.examples if heldout_rows else [])])
     train_rows, heldout_rows = split_heldout(config, rows, heldout_rows)
     train_rows = fit_to_loss(config, loss, train_rows, is_heldout=False)
     heldout_rows = fit_to_loss(config, loss, heldout_rows, is_heldout=True)
