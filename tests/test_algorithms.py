@@ -15,7 +15,7 @@ import transformers
 from torch import Tensor, nn
 
 from penchant.algorithms import DPO, IPO, KTO, ORPO, PairAlgorithm, SimPO, UnpairedAlgorithm
-from penchant.losses import DPOLoss, OffsetDPOLoss, SPPOLoss, base, build_loss
+from penchant.losses import DPOLoss, KTOLoss, OffsetDPOLoss, SPPOLoss, base, build_loss
 from penchant.types import PairLogps
 
 VOCAB, PAD = 61, 0
@@ -607,3 +607,10 @@ def test_scores_of_single_completions_are_their_sums() -> None:
         assert logps.ref_logps[place].item() == pytest.approx(log_prob(ref, prompt, completion).item(), rel=1e-9)
     assert logps.lengths.tolist() == [len(each) for each in CHOSEN]
     assert logps.is_desirable.tolist() == LABELS
+
+
+def test_a_loss_that_judges_something_else_is_refused(tiny_model: nn.Module) -> None:
+    with pytest.raises(ValueError, match="'kto' takes unpaired, not pair"):
+        PairAlgorithm(tiny_model, copy.deepcopy(tiny_model), KTOLoss())
+    with pytest.raises(ValueError, match="'dpo' takes pair, not unpaired"):
+        UnpairedAlgorithm(tiny_model, copy.deepcopy(tiny_model), DPOLoss())

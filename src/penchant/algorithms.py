@@ -6,6 +6,7 @@ Nothing here knows texts, files or run directories. See `penchant.train` for who
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
+from typing import ClassVar, TypedDict, Unpack
 
 import torch
 from jaxtyping import Bool, Float, Int
@@ -19,10 +20,7 @@ from penchant.losses import (
     KTOLoss,
     Loss,
     ORPOLoss,
-    PairLoss,
     SimPOLoss,
-    UnpairedLoss,
-    WeightedSum,
     preference_accuracy,
 )
 from penchant.models.logps import token_logps
@@ -30,8 +28,19 @@ from penchant.scoring.records import logps_for, rewards_of
 from penchant.types import Batch, Logps, PairLogps, SequenceLogps, TokenizedExample
 
 
+class Options(TypedDict, total=False):
+    """What every algorithm takes besides models and loss; see `PairAlgorithm`."""
+
+    learning_rate: float
+    max_grad_norm: float
+    pad_token_id: int | None
+    optimizer: torch.optim.Optimizer | None
+
+
 class _Algorithm:
     """What training on token tensors has in common, whatever the loss judges; arguments as `PairAlgorithm` says."""
+
+    _unit: ClassVar[str]
 
     def __init__(
         self,
@@ -45,6 +54,8 @@ class _Algorithm:
     ) -> None:
         if "reference" in loss.needs and ref_model is None:
             raise ValueError(f"the loss '{loss.name}' compares with a reference: give ref_model")
+        if self._unit not in loss.units:
+            raise ValueError(f"the loss '{loss.name}' takes {' or '.join(loss.units)}, not {self._unit}")
         for column in loss.needs & {"margins", "win_probabilities"}:
             raise ValueError(f"the loss '{loss.name}' needs {column}, which token tensors do not carry")
         if ref_model is model:
@@ -122,17 +133,7 @@ class PairAlgorithm(_Algorithm):
         optimizer: an optimizer over the policy's parameters, instead of AdamW.
     """
 
-    def __init__(
-        self,
-        model: nn.Module,
-        ref_model: nn.Module | None,
-        loss: PairLoss | WeightedSum,
-        learning_rate: float = 5e-7,
-        max_grad_norm: float = 1.0,
-        pad_token_id: int | None = None,
-        optimizer: torch.optim.Optimizer | None = None,
-    ) -> None:
-        super().__init__(model, ref_model, loss, learning_rate, max_grad_norm, pad_token_id, optimizer)
+    _unit = "pair"
 
     def train_step(
         self,
@@ -196,17 +197,7 @@ class UnpairedAlgorithm(_Algorithm):
     Arguments as those of `PairAlgorithm`.
     """
 
-    def __init__(
-        self,
-        model: nn.Module,
-        ref_model: nn.Module | None,
-        loss: UnpairedLoss,
-        learning_rate: float = 5e-7,
-        max_grad_norm: float = 1.0,
-        pad_token_id: int | None = None,
-        optimizer: torch.optim.Optimizer | None = None,
-    ) -> None:
-        super().__init__(model, ref_model, loss, learning_rate, max_grad_norm, pad_token_id, optimizer)
+    _unit = "unpaired"
 
     def train_step(
         self,
@@ -264,14 +255,10 @@ class DPO(PairAlgorithm):
         model: nn.Module,
         ref_model: nn.Module,
         beta: float = 0.1,
-        learning_rate: float = 5e-7,
-        max_grad_norm: float = 1.0,
         label_smoothing: float = 0.0,
-        pad_token_id: int | None = None,
-        optimizer: torch.optim.Optimizer | None = None,
+        **options: Unpack[Options],
     ) -> None:
-        loss = DPOLoss(beta=beta, label_smoothing=label_smoothing)
-        super().__init__(model, ref_model, loss, learning_rate, max_grad_norm, pad_token_id, optimizer)
+        super().__init__(model, ref_model, DPOLoss(beta, label_smoothing), **options)
 
 
 class IPO(PairAlgorithm):
@@ -282,31 +269,19 @@ class IPO(PairAlgorithm):
         model: nn.Module,
         ref_model: nn.Module,
         beta: float = 0.1,
-        learning_rate: float = 5e-7,
-        max_grad_norm: float = 1.0,
         length_normalize: bool = True,
-        pad_token_id: int | None = None,
-        optimizer: torch.optim.Optimizer | None = None,
+        **options: Unpack[Options],
     ) -> None:
-        loss = IPOLoss(beta=beta, length_normalize=length_normalize)
-        super().__init__(model, ref_model, loss, learning_rate, max_grad_norm, pad_token_id, optimizer)
+        super().__init__(model, ref_model, IPOLoss(beta, length_normalize), **options)
 
 
 class SimPO(PairAlgorithm):
     """Simple Preference Optimization on token tensors; see `SimPOLoss` for the equation."""
 
     def __init__(
-        self,
-        model: nn.Module,
-        beta: float = 2.0,
-        gamma_beta_ratio: float = 0.5,
-        learning_rate: float = 5e-7,
-        max_grad_norm: float = 1.0,
-        pad_token_id: int | None = None,
-        optimizer: torch.optim.Optimizer | None = None,
+        self, model: nn.Module, beta: float = 2.0, gamma_beta_ratio: float = 0.5, **options: Unpack[Options]
     ) -> None:
-        loss = SimPOLoss(beta=beta, gamma_beta_ratio=gamma_beta_ratio)
-        super().__init__(model, None, loss, learning_rate, max_grad_norm, pad_token_id, optimizer)
+        super().__init__(model, None, SimPOLoss(beta, gamma_beta_ratio), **options)
 
 
 class ORPO(PairAlgorithm):
@@ -316,14 +291,10 @@ class ORPO(PairAlgorithm):
         self,
         model: nn.Module,
         odds_ratio_weight: float = 0.1,
-        learning_rate: float = 8e-6,
-        max_grad_norm: float = 1.0,
         nll_on_prompt: bool = False,
-        pad_token_id: int | None = None,
-        optimizer: torch.optim.Optimizer | None = None,
+        **options: Unpack[Options],
     ) -> None:
-        loss = ORPOLoss(odds_ratio_weight=odds_ratio_weight, nll_on_prompt=nll_on_prompt)
-        super().__init__(model, None, loss, learning_rate, max_grad_norm, pad_token_id, optimizer)
+        super().__init__(model, None, ORPOLoss(odds_ratio_weight, nll_on_prompt), **options)
 
 
 class KTO(UnpairedAlgorithm):
@@ -337,15 +308,11 @@ class KTO(UnpairedAlgorithm):
         model: nn.Module,
         ref_model: nn.Module,
         beta: float = 0.1,
-        learning_rate: float = 5e-6,
-        max_grad_norm: float = 1.0,
         desirable_weight: float = 1.0,
         undesirable_weight: float = 1.0,
-        pad_token_id: int | None = None,
-        optimizer: torch.optim.Optimizer | None = None,
+        **options: Unpack[Options],
     ) -> None:
-        loss = KTOLoss(beta=beta, desirable_weight=desirable_weight, undesirable_weight=undesirable_weight)
-        super().__init__(model, ref_model, loss, learning_rate, max_grad_norm, pad_token_id, optimizer)
+        super().__init__(model, ref_model, KTOLoss(beta, desirable_weight, undesirable_weight), **options)
 
 
 def _trainable(parameters: Iterable[nn.Parameter]) -> list[nn.Parameter]:
