@@ -311,3 +311,16 @@ def test_the_length_rule_of_rankings_says_what_it_is_about(make_one: MakeOne) ->
             "shorter one wins, at most, best against worst": 0.7,
         }
     )
+
+
+@pytest.mark.parametrize(
+    ("references", "is_said"),
+    [(("a frozen copy", "none"), True), (("a frozen copy", "precomputed"), False), (("none", "none"), False)],
+)
+def test_accuracies_with_and_without_a_reference_are_said_to_answer_different_questions(
+    make_one: MakeOne, references: tuple[str, str], is_said: bool
+) -> None:
+    runs = [make_one(name, summary={"reference": kind}) for name, kind in zip("ab", references, strict=True)]
+    said = [note for note in compare(runs).notes if "answer different questions" in note]
+    assert bool(said) == is_said
+    assert all(note.startswith("Without a reference (b) a completion's reward is its likelihood") for note in said)

@@ -105,6 +105,8 @@ class Row:
     """What the training and the held-out examples are (a key of UNITS): train, eval."""
     rows_from: str
     """The file of the training data and the rows that were found in it."""
+    has_reference: bool | None
+    """Whether its rewards are differences from a reference; None: not known."""
 
 
 def read_row(path: Path, name: str) -> Row:
@@ -120,7 +122,7 @@ def read_row(path: Path, name: str) -> Row:
         raise UserError(f"{path / 'run.yaml'}: is not YAML: {' '.join(str(error).split())}") from None
     method = clean(str(run.summary.get("method") or file.get("method") or "")) or None
     loss = safe(as_mapping(run.summary.get("loss")) or as_mapping(file.get("loss")))
-    train = run.part("train")
+    train, reference = run.part("train"), run.summary.get("reference")
     return Row(
         name=" ".join(name.split()),
         path=clean(str(path)),
@@ -130,7 +132,7 @@ def read_row(path: Path, name: str) -> Row:
         figures={column.key: column.read(run) for column in COLUMNS},
         hashes={"model": run.summary.get("model_sha256"), **{of: run.part(of).get("sha256") for of in _SPLITS}},
         units={of: unit_of(run.part(of)).key if run.part(of) else None for of in _SPLITS},
-        # The families count the rows as they stood in the file; `rows` counts them as they were cut.
+        has_reference=None if reference is None else reference != "none",
         rows_from=f"{train.get('path')}: {train.get('families')}" if train else "",
     )
 
