@@ -228,9 +228,9 @@ def _notes(rows: Sequence[Row], different: Sequence[str]) -> Iterator[str]:
     free = [row.name for row in rows if row.has_reference is False]
     if free and any(row.has_reference for row in rows):
         yield (
-            f"Without a reference ({_listing(free)}) a completion's reward is its likelihood, and accuracy begins where "
-            "the model itself ranked the completions; with one it is what training changed. The two accuracies answer "
-            "different questions."
+            f"Without a reference ({_listing(free)}) a completion's reward is its likelihood, and accuracy begins "
+            "where the model itself ranked the completions; with one it is what training changed. The two accuracies "
+            "answer different questions."
         )
     held_out = _unit(rows, "eval").plural
     num_measured = sum(row.figures["interval"] is not None for row in rows)
