@@ -193,3 +193,21 @@ def test_policy_at_its_reference_stands_at_chance() -> None:
     for loss in (loss() for loss in LOSSES.values() if loss.units == ("pair",)):
         if "reference" in loss.needs:
             assert preference_accuracy(*loss.rewards(at_reference)).tolist() == [0.5] * 5, loss
+
+
+@pytest.mark.parametrize(
+    ("settings", "sentence"),
+    [
+        ({"dpo": {}, "sft": {"name": "ipo"}}, "loss.sft.name: in a sum a loss is named by its section"),
+        ({"dpo": 0.1}, "loss.dpo: the loss has no name; give it as loss.name."),
+    ],
+)
+def test_settings_that_name_no_loss_or_two_are_told_apart(settings: dict[str, Any], sentence: str) -> None:
+    with pytest.raises(UserError) as caught:
+        build_loss(settings)
+    assert str(caught.value).startswith(sentence)
+
+
+def test_a_loss_stands_once_in_a_sum() -> None:
+    with pytest.raises(ValueError, match="once, and there are dpo, dpo"):
+        WeightedSum(((1.0, DPOLoss(0.1)), (1.0, DPOLoss(0.2))))

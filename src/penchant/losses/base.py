@@ -130,8 +130,8 @@ class WeightedSum(Loss):
     RPO, for one, is DPO plus a likelihood term on the chosen completion (Eq. 1 of Pang et al. 2024, arXiv:2404.19733).
 
     Raises:
-        ValueError: the terms judge different things (pairs, unpaired completions, rankings), or there is none, or a
-            weight is below 0 or not finite.
+        ValueError: the terms judge different things (pairs, unpaired completions, rankings), or there is none, or one
+            stands twice, or a weight is below 0 or not finite.
     """
 
     terms: tuple[tuple[float, Loss], ...]
@@ -144,11 +144,14 @@ class WeightedSum(Loss):
         for weight, loss in self.terms:
             require_not_negative(f"{loss.name}.weight", weight)
         losses = [loss for _, loss in self.terms]
+        names = [loss.name for loss in losses]
+        if len(set(names)) < len(names):
+            raise ValueError(f"terms: a loss can stand in a sum once, and there are {', '.join(names)}")
         units = tuple(unit for unit in losses[0].units if all(unit in loss.units for loss in losses))
         if not units:
             judged = ", ".join(f"{loss.name}: {' or '.join(loss.units)}" for loss in losses)
             raise ValueError(f"terms: the losses judge different things ({judged}) and cannot be added")
-        object.__setattr__(self, "name", " + ".join(loss.name for loss in losses))
+        object.__setattr__(self, "name", " + ".join(names))
         object.__setattr__(self, "units", units)
 
     @property

@@ -24,13 +24,20 @@ def build_loss(settings: Mapping[str, Any]) -> Loss:
     """
     if "name" in settings:
         return _build_one(settings, "loss.")
-    for key, value in settings.items():
-        if not isinstance(value, Mapping):
-            losses = ", ".join(name for name, fields in settings.items() if isinstance(fields, Mapping)) or "no loss"
-            raise UserError(f"loss.{key}: this loss is a sum (of {losses}); say of which loss, as in loss.dpo.{key}.")
+    losses = [key for key, value in settings.items() if isinstance(value, Mapping)]
+    for key in settings:
+        if key not in losses and losses:
+            example = f"loss.{losses[0]}.{key}"
+            raise UserError(
+                f"loss.{key}: this loss is a sum (of {', '.join(losses)}); say of which loss, as in {example}."
+            )
+        if key not in losses:
+            raise UserError(f"loss.{key}: the loss has no name; give it as loss.name.")
     terms = []
     for name, fields in settings.items():
         fields = dict(fields)
+        if "name" in fields:
+            raise UserError(f"loss.{name}.name: in a sum a loss is named by its section, here {name}.")
         weight = _coerced(f"loss.{name}.weight", fields.pop("weight", 1.0), float)
         terms.append((weight, _build_one({"name": name, **fields}, f"loss.{name}.")))
     try:

@@ -46,7 +46,8 @@ class LengthRegularizedDPOLoss(LogRatioLoss, name="r-dpo"):
 
     Eq. 9 of Park et al. 2024 (arXiv:2403.19159). With a price alpha per token in the reward the optimal policy's reward
     is beta (log pi - log pi_ref) + alpha |y|, which fixes the sign: where chosen is the longer one its length already
-    explains the choice and less is learned. At policy = reference it is -log sigmoid(alpha (|chosen| - |rejected|)).
+    explains the choice and less is learned. The rewards that are logged leave the length out. At policy = reference it
+    is -log sigmoid(alpha (|chosen| - |rejected|)).
     """
 
     beta: float = 0.1

@@ -201,7 +201,9 @@ class DiscoPOPLoss(LogRatioLoss, name="discopop"):
     """Discovered Preference Optimization: (1 - g) (-log sigmoid(beta h)) + g exp(-beta h), g = sigmoid(beta h / tau).
 
     Eq. 5 of Lu et al. 2024 (arXiv:2406.08414), found by a search over programs: logistic where the pair is wrong,
-    exponential where it is right. At policy = reference it is (log 2 + 1) / 2.
+    exponential where it is right. At policy = reference it is (log 2 + 1) / 2. It does not fall everywhere: with the
+    default tau it rises with the margin for beta h between about -0.12 and 0.07, so that the first steps from the
+    reference go the wrong way.
     """
 
     beta: float = 0.05

@@ -104,9 +104,9 @@ class AOTUnpairedLoss(LogRatioUnpairedLoss, name="aot-unpaired"):
 
     The unpaired form of Melnyk et al. 2024 (arXiv:2406.05882): the sorted log-ratios of the desirable completions of a
     batch are held against the sorted ones of the undesirable. Where the two differ in number, their quantile functions
-    are (each couple by the mass that the optimal transport moves between them), a case that their code in
-    TRL does not have. Half of a couple's loss stands at each of its two completions. A batch of one class alone has
-    loss 0. At policy = reference it is log 2.
+    are (each couple by the mass that the optimal transport moves between them), a case that their code in TRL does not
+    have. Half of a couple's loss stands at each of its two completions. A batch of one class alone has loss 0. At
+    policy = reference its mean is log 2.
     """
 
     label_smoothing: float = 0.0
