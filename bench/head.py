@@ -22,7 +22,7 @@ def measure(side: str, layers: int, pairs: int) -> dict[str, float]:
 
     from penchant.layouts.padded import collate
     from penchant.models.logps import token_logps
-    from penchant.types import TokenizedPair
+    from penchant.types import TokenizedExample
 
     torch.manual_seed(0)
     config = LlamaConfig(
@@ -31,7 +31,7 @@ def measure(side: str, layers: int, pairs: int) -> dict[str, float]:
     )  # fmt: skip
     model = LlamaForCausalLM(config)
     ids = torch.randint(10, 40000, (pairs, 210)).tolist()
-    batch = collate([TokenizedPair(row[:120], row[120:160], row[160:210], i) for i, row in enumerate(ids)])
+    batch = collate([TokenizedExample(row[:120], (row[120:160], row[160:210]), i) for i, row in enumerate(ids)])
 
     def penchant() -> torch.Tensor:
         return token_logps(model, batch).logps.sum()

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from penchant.data.files import Unreadable, read_rows
-from penchant.data.formats import PairData, read_pairs
+from penchant.data.formats import ExampleData, read_examples
 from penchant.errors import UserError
 
 ROWS = [{"prompt": "p", "chosen": f"c{index}", "rejected": "r"} for index in range(3)]
@@ -74,8 +74,8 @@ def test_half_a_line_says_so_and_the_rest_is_read(tmp_path: Path) -> None:
 
 
 def test_pairs_are_the_same_from_every_kind_of_file(tmp_path: Path) -> None:
-    def chosen(data: PairData) -> list[object]:
-        return [pair.chosen for pair in data.pairs]
+    def chosen(data: ExampleData) -> list[object]:
+        return [pair.chosen for pair in data.examples]
 
     contents = {
         "a.jsonl": LINES,
@@ -85,7 +85,7 @@ def test_pairs_are_the_same_from_every_kind_of_file(tmp_path: Path) -> None:
     }
     for name, content in contents.items():
         (tmp_path / name).write_bytes(content)
-        assert chosen(read_pairs(str(tmp_path / name))) == ["c0", "c1", "c2"]
+        assert chosen(read_examples(str(tmp_path / name))) == ["c0", "c1", "c2"]
 
 
 WHOLE_FILE_FAULTS = {
@@ -119,7 +119,7 @@ def test_a_fault_of_the_whole_file_names_the_file_and_the_mend(case: str, tmp_pa
     path = tmp_path / name
     path.write_bytes(content)
     with pytest.raises(UserError) as fault:
-        read_pairs(path)
+        read_examples(path)
     assert str(fault.value).startswith(f"{path}: ")
     assert explanation in str(fault.value)
 
@@ -127,15 +127,15 @@ def test_a_fault_of_the_whole_file_names_the_file_and_the_mend(case: str, tmp_pa
 def test_a_missing_file_names_the_nearest_one(tmp_path: Path) -> None:
     (tmp_path / "train.jsonl").write_bytes(LINES)
     with pytest.raises(UserError, match=r"did you mean .*/train\.jsonl\?"):
-        read_pairs(tmp_path / "trian.jsonl")
+        read_examples(tmp_path / "trian.jsonl")
     with pytest.raises(UserError, match="check the path"):
-        read_pairs(tmp_path / "qqqqqqqq.gz")
+        read_examples(tmp_path / "qqqqqqqq.gz")
     with pytest.raises(UserError, match="no folder"):
-        read_pairs(tmp_path / "nowhere" / "train.jsonl")
+        read_examples(tmp_path / "nowhere" / "train.jsonl")
 
 
 def test_a_directory_and_a_name_too_long_are_explained(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="is a directory"):
-        read_pairs(tmp_path)
+        read_examples(tmp_path)
     with pytest.raises(UserError, match="cannot be read"):
-        read_pairs(tmp_path / ("x" * 5000 + ".jsonl"))
+        read_examples(tmp_path / ("x" * 5000 + ".jsonl"))

@@ -14,14 +14,14 @@ import transformers
 from torch import nn
 
 from penchant.errors import UserError
-from penchant.layouts.padded import collate_sequences
+from penchant.layouts.padded import collate
 from penchant.models import load
 from penchant.models.adapters import add_lora
 from penchant.models.load import disable_dropout, load_model_and_tokenizer, save_model, weights_sha256
 from penchant.models.logps import token_logps
-from penchant.types import Batch
+from penchant.types import Batch, TokenizedExample
 
-BATCH = collate_sequences([([5, 9, 2, 31], [7, 60, 8]), ([11], [4, 4, 12, 30, 2])])
+BATCH = collate([TokenizedExample([5, 9, 2, 31], ([7, 60, 8],), 0), TokenizedExample([11], ([4, 4, 12, 30, 2],), 1)])
 
 
 def logps(model: nn.Module, batch: Batch = BATCH) -> torch.Tensor:
