@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
+import os
 import platform
+import re
 import resource
+from pathlib import Path
 
 import torch
 
 from penchant.errors import UserError
 from penchant.scoring.policy import Precision
+
+_STATUS, _CLEAR_REFS = Path("/proc/self/status"), Path("/proc/self/clear_refs")
 
 
 def resolve_device(name: str) -> torch.device:
@@ -47,8 +52,22 @@ def default_microbatch_tokens(device: torch.device) -> int:
 
 
 def peak_memory_bytes(device: torch.device) -> int:
-    """Most memory that the process has held so far: on the device, or resident on the host."""
+    """Most memory held since `forget_peak_memory`: on the device, or resident on the host."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device)
+    if _STATUS.exists():
+        (kibibytes,) = re.findall(r"^VmHWM:\s+(\d+) kB$", _STATUS.read_text(), re.MULTILINE)
+        return int(kibibytes) * 1024
     unit = 1 if platform.system() == "Darwin" else 1024
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
+
+
+def forget_peak_memory() -> None:
+    """Begins to measure anew, so that runs which follow each other in one process have their own peaks.
+
+    On a host other than Linux, and where the process may not, the peak stays that of the whole process.
+    """
+    if torch.cuda.is_available():
+        torch.cuda.reset_peak_memory_stats()
+    if os.access(_CLEAR_REFS, os.W_OK):
+        _CLEAR_REFS.write_text("5")  # see proc(5): resets the peak resident set

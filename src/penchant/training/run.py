@@ -95,6 +95,7 @@ def execute(
         UserError: something the caller can mend; the message says what.
     """
     log = log or RunLog()
+    hardware.forget_peak_memory()
     run_dir = choose_run_dir(config)
     check_run_dir(run_dir, overwrite)
     setup = set_up(config, log, data, eval_data, policy, shared)
