@@ -21,6 +21,6 @@ def test_the_peak_of_what_went_before_is_forgotten() -> None:
     high = peak_memory_bytes(CPU)
     assert high >= before + 0.9 * LARGE
     del held
-    assert peak_memory_bytes(CPU) >= high  # a peak stays although the memory is given back
+    assert peak_memory_bytes(CPU) >= high - 2**20  # it stays, but for the rounding of the kernel's counters
     forget_peak_memory()
     assert peak_memory_bytes(CPU) <= high - 0.9 * LARGE
