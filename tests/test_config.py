@@ -64,9 +64,34 @@ def test_every_loss_is_a_method_by_its_own_name_and_every_method_is_made_of_loss
         assert named <= set(LOSSES), method
 
 
-def test_another_loss_than_the_methods_takes_none_of_its_settings() -> None:
-    config = RunConfig(model="m", data="d", method="cdpo", loss={"name": "ipo"})
-    assert config.loss_settings() == {"name": "ipo"}
+@pytest.mark.parametrize(
+    ("method", "loss", "sentence"),
+    [
+        ("cdpo", {"name": "ipo"}, "loss.name: is ipo, and method cdpo stands for dpo; leave one out"),
+        ("rpo", {"name": "ipo"}, r"loss.name: is ipo, and method rpo stands for dpo \+ sft; leave one out"),
+        ("ipo", {"slic": {}, "sft": {}}, "loss: is a sum, and method ipo stands for ipo alone; leave method out"),
+    ],
+)
+def test_a_method_and_another_loss_are_refused_together(method: str, loss: dict[str, Any], sentence: str) -> None:
+    with pytest.raises(UserError, match=sentence):
+        config_from({"model": "m", "data": "d", "method": method, "loss": loss})
+
+
+@pytest.mark.parametrize(
+    ("settings", "name", "rate"),
+    [
+        ({}, "dpo", 5e-7),
+        ({"loss": {"beta": 0.2}}, "dpo", 5e-7),
+        ({"loss": {"name": "orpo"}}, "orpo", 8e-6),
+        ({"loss": {"slic": {}, "sft": {}}}, "slic + sft", 5e-7),
+        ({"method": "cdpo", "loss": {"name": "dpo"}}, "cdpo", 5e-7),
+    ],
+)
+def test_the_method_is_what_the_loss_names_where_nothing_else_is_said(
+    settings: dict[str, Any], name: str, rate: float
+) -> None:
+    config = config_from({"model": "m", "data": "d", **settings})
+    assert (config.method_name(), config.peak_learning_rate()) == (name, rate)
 
 
 def test_every_option_has_a_sentence_of_help() -> None:
@@ -93,10 +118,10 @@ def test_settings_of_the_terms_of_a_sum_come_on_top_of_the_methods() -> None:
     )
 
 
-def test_a_sum_may_gain_a_term_and_may_replace_a_method_that_is_none() -> None:
+def test_a_sum_may_gain_a_term_and_may_stand_alone() -> None:
     assert loss_of(method="rpo", loss={"nca": {"weight": 2}}).name == "dpo + sft + nca"
-    assert loss_of(method="ipo", loss={"slic": {}, "sft": {"weight": 0.1}}).name == "slic + sft"
-    assert loss_of(method="rpo", loss={"name": "ipo"}).name == "ipo"
+    assert loss_of(loss={"slic": {}, "sft": {"weight": 0.1}}).name == "slic + sft"
+    assert loss_of(loss={"name": "ipo"}).name == "ipo"
 
 
 def test_dotted_options_reach_the_terms_of_a_sum() -> None:
@@ -104,9 +129,17 @@ def test_dotted_options_reach_the_terms_of_a_sum() -> None:
     assert config.loss_settings() == {"dpo": {"beta": 0.1}, "sft": {"weight": 0.5, "per": "sequence"}}
 
 
-@pytest.mark.parametrize("method", ["rpo", "dpo", "kto"])
-@pytest.mark.parametrize("loss", [{"dpo": {"beta": 0.3}, "sft": {"weight": 0.5}}, {"name": "ipo", "beta": 0.2}, {}])
-def test_the_run_file_that_is_written_builds_the_same_loss(method: str, loss: dict[str, Any]) -> None:
+@pytest.mark.parametrize(
+    ("method", "loss"),
+    [
+        *((method, {}) for method in (None, "dpo", "cdpo", "kto", "rpo")),
+        ("rpo", {"dpo": {"beta": 0.3}, "sft": {"weight": 0.5}}),
+        (None, {"dpo": {"beta": 0.3}, "sft": {"weight": 0.5}}),
+        (None, {"name": "ipo", "beta": 0.2}),
+        ("ipo", {"beta": 0.2}),
+    ],
+)
+def test_the_run_file_that_is_written_builds_the_same_loss(method: str | None, loss: dict[str, Any]) -> None:
     config = config_from({"model": "m", "data": "d", "method": method, "loss": loss})
     made = build_loss(config.loss_settings())
     again = config_from(yaml.safe_load(config.to_yaml(loss=made.settings())))

@@ -80,8 +80,8 @@ class RunConfig(_Section):
     """Which pairs a method over pairs takes from a ranking: best and worst, best and each other, or all of them."""
     output_dir: str | None = None
     """The run directory; default: runs/MODEL-METHOD, numbered when taken."""
-    method: str = "dpo"
-    """The method, one word: dpo, ipo, kto, orpo, simpo, rpo, ... (see: penchant methods)."""
+    method: str | None = None
+    """The method, one word: dpo, ipo, kto, orpo, simpo, rpo, ... (see: penchant methods); default dpo."""
     loss: dict[str, Any] = Field(default_factory=dict)
     """Settings of the loss, on top of the method's: name, beta, label_smoothing, ... (see: penchant methods)."""
 
@@ -145,11 +145,7 @@ class RunConfig(_Section):
 
     @model_validator(mode="after")
     def _options_fit_together(self) -> RunConfig:
-        if self.method not in METHODS:
-            raise ValueError(
-                f"method: there is no method '{self.method}'{nearest(self.method, METHODS)}; a loss of your own comes "
-                "with --import FILE.py"
-            )
+        self._refuse_two_losses()
         if self.reference.kind == "adapter_off" and not self.lora.rank:
             raise ValueError("reference.kind: adapter_off needs an adapter; set lora.rank")
         if self.reference.kind == "model" and not self.reference.model:
@@ -175,19 +171,46 @@ class RunConfig(_Section):
             raise ValueError("eval_size: has no effect with eval_data")
         return self
 
+    def _refuse_two_losses(self) -> None:
+        if self.method is None:
+            return
+        if self.method not in METHODS:
+            raise ValueError(
+                f"method: there is no method '{self.method}'{nearest(self.method, METHODS)}; a loss of your own comes "
+                "with --import FILE.py"
+            )
+        stands_for = METHODS[self.method].get("name", " + ".join(METHODS[self.method]))
+        if "name" in self.loss and self.loss["name"] != stands_for:
+            raise ValueError(
+                f"loss.name: is {self.loss['name']}, and method {self.method} stands for {stands_for}; leave one out"
+            )
+        if self._own_sum() and "name" in METHODS[self.method]:
+            raise ValueError(
+                f"loss: is a sum, and method {self.method} stands for {stands_for} alone; leave method out"
+            )
+
+    def _own_sum(self) -> bool:
+        return bool(self.loss) and all(isinstance(value, Mapping) for value in self.loss.values())
+
+    def method_name(self) -> str:
+        """The method in a word: `method`, or what `loss` names."""
+        if self.method is None and self._own_sum():
+            return " + ".join(self.loss)
+        return self.method or str(self.loss.get("name", "dpo"))
+
     def loss_settings(self) -> dict[str, Any]:
         """The loss as `build_loss` takes it: the method's settings, then the run's own."""
-        preset, own = METHODS[self.method], self.loss
-        own_is_sum = bool(own) and all(isinstance(value, Mapping) for value in own.values())
-        if own_is_sum and "name" not in preset:
+        own = self.loss
+        if self.method is None and (self._own_sum() or "name" in own):
+            return dict(own)
+        preset = METHODS[self.method or "dpo"]
+        if self._own_sum():
             return {name: {**preset.get(name, {}), **own.get(name, {})} for name in [*preset, *own]}
-        if own_is_sum or own.get("name", preset.get("name")) != preset.get("name"):
-            return dict(own)  # another loss than the method's: its fields would not fit
         return {**preset, **own}
 
     def peak_learning_rate(self) -> float:
         """`learning_rate`, or the method's default for full weights or LoRA."""
-        default = _RATES.get(self.method, 5e-7)
+        default = _RATES.get(self.method_name(), 5e-7)
         if self.lora.rank:
             default = float(f"{10 * default:g}")  # 10 * 5e-7 is 4.9999999999999996e-06, which no run file should say
         return self.learning_rate or default

@@ -39,7 +39,7 @@ def describe(setup: Setup, log: RunLog) -> None:
     log.say("model", f"{short_path(config.model)}: {total / 1e6:.1f}M parameters, {trained}; {arithmetic}")
     if policy.precision == "bf16" and not hardware.multiplies_bf16(policy.device):
         log.event("warn", "slow-bf16", "dtype: this machine has no bf16 arithmetic; float32 is far faster here", 0)
-    log.say("method", f"{config.method}: {setup.loss}")
+    log.say("method", f"{config.method_name()}: {setup.loss}")
     log.say("layout", layout_sentence(setup))
     cost = expected_cost(setup)
     examples, unit = min(config.batch_size, len(setup.datasets.train.examples)), findings["train"]["unit"]

@@ -55,12 +55,12 @@ def train(
     quiet: bool = False,
     **settings: Any,
 ) -> RunResult:
-    """Trains a model on preference pairs: what `penchant train` does, from Python.
+    """Trains a model on preferences: what `penchant train` does, from Python.
 
     Args:
         model: a local folder, a hub id or a `.gguf` file; or a `Policy`, which is trained in place.
-        data: a file of pairs, or an iterable of rows such as `{"prompt": ..., "chosen": ..., "rejected": ...}`.
-        eval_data: held-out pairs, likewise.
+        data: a file of rows, or an iterable of them, such as `{"prompt": ..., "chosen": ..., "rejected": ...}`.
+        eval_data: held-out rows, likewise.
         loss: a loss, its name, or its settings; default: that of `method`.
         overwrite: replace a run that is already in `output_dir`.
         quiet: say nothing while working.
@@ -229,7 +229,7 @@ def _first_summary(setup: Setup) -> dict[str, Any]:
     return {
         "status": "running",
         "started": datetime.now(UTC).isoformat(timespec="seconds"),
-        "method": config.method,
+        "method": config.method_name(),
         "loss": setup.loss.settings(),
         "loss_doc": _documentation(setup.loss),
         "model": config.model,

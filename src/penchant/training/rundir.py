@@ -16,7 +16,8 @@ def choose_run_dir(config: RunConfig, kind: str = "") -> Path:
     """`output_dir`, or runs/MODEL-METHOD (or runs/MODEL-KIND) with the first free number."""
     if config.output_dir:
         return Path(config.output_dir).expanduser()
-    name = f"{Path(config.model).expanduser().resolve().name.removesuffix('.gguf')}-{kind or config.method}"
+    model = Path(config.model).expanduser().resolve().name.removesuffix(".gguf")
+    name = f"{model}-{kind or config.method_name().replace(' + ', '-')}"
     number = 1
     while (folder := Path("runs") / (name if number == 1 else f"{name}-{number}")).exists():
         number += 1
