@@ -190,4 +190,6 @@ def test_options_that_do_not_fit_are_refused(settings: dict[str, Any], sentence:
 
 def test_options_at_their_defaults_are_no_trouble_to_the_ones_that_rule_them_out() -> None:
     defaults = {"warmup_ratio": 0.1, "adam_beta1": 0.9, "adam_beta2": 0.999, "sample_max_new_tokens": 128}
-    config_from({"model": "m", "data": "d", "warmup_steps": 5, "optimizer": "rmsprop", "num_samples": 0, **defaults})
+    settings = {"warmup_steps": 5, "optimizer": "rmsprop", "num_samples": 0, **defaults}
+    config = config_from({"model": "m", "data": "d", **settings})
+    assert {key: getattr(config, key) for key in settings} == settings
