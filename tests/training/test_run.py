@@ -745,3 +745,16 @@ def test_held_out_rows_that_all_fall_away_are_an_error(model_folder: Path, tmp_p
     lonely = [{"prompt": "the cat", "completion": "sat", "label": True}]
     with pytest.raises(penchant.UserError, match=r"eval_data: no row is left to hold against\.\n.*U01"):
         train(model_folder, tmp_path, eval_data=lonely)
+
+
+def test_soft_sppo_trains_on_the_win_probabilities_of_the_data(model_folder: Path, tmp_path: Path) -> None:
+    def judged(some_rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
+        return [{**row, "chosen_win_probability": 0.8, "rejected_win_probability": 0.4} for row in some_rows]
+
+    result = train(
+        model_folder, tmp_path, method="sppo-soft", data=judged(rows()), eval_data=judged(rows(4, seed=1)), max_steps=2
+    )
+    _, evaluated = metrics_of(result.run_dir)
+    # At policy = reference it is eta^2 times the mean of (P - 1/2)^2.
+    assert evaluated[0]["eval_loss"] == pytest.approx(1000**2 * (0.3**2 + 0.1**2) / 2, rel=1e-5)
+    assert result.summary["steps"] == 2
