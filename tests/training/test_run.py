@@ -758,3 +758,12 @@ def test_soft_sppo_trains_on_the_win_probabilities_of_the_data(model_folder: Pat
     # At policy = reference it is eta^2 times the mean of (P - 1/2)^2.
     assert evaluated[0]["eval_loss"] == pytest.approx(1000**2 * (0.3**2 + 0.1**2) / 2, rel=1e-5)
     assert result.summary["steps"] == 2
+
+
+@pytest.mark.parametrize(("method", "is_said"), [("dpo", True), ("odpo", False)])
+def test_margins_that_a_method_does_not_read_are_said_to_be_unread(
+    method: str, is_said: bool, model_folder: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    data, heldout = ([{**row, "margin": 1.0} for row in some] for some in (rows(), rows(4, seed=1)))
+    train(model_folder, tmp_path, method=method, data=data, eval_data=heldout, max_steps=1, quiet=False)
+    assert ("the rows carry margins, which dpo does not read (odpo does)" in capfd.readouterr().err) == is_said

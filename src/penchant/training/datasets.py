@@ -22,6 +22,9 @@ from penchant.types import Example, Pair, Ranking, Text, TokenizedExample, Unpai
 _SOUND = {"T01", "T04", "T05", "U01", "U02"}
 """Codes of rows that are sound and only do not fit: they do not count against max_bad_rows."""
 
+COLUMNS = {"margins": "margin", "win_probabilities": "win_probabilities"}
+"""What a loss may need of the data beyond the texts -> where a pair has it."""
+
 Rows = str | Iterable[Mapping[str, Any]]
 
 
@@ -59,8 +62,9 @@ def split_heldout(
 
 def unit_for(loss: Loss, examples: Sequence[Example]) -> Unit:
     """What the examples must be for this loss; one that takes pairs and single completions takes them as they come."""
-    wanted = [unit for unit in loss.units if unit == "unpaired"] if any_of(examples, Unpaired) else list(loss.units)
-    return (wanted or list(loss.units))[0]  # type: ignore[return-value]
+    if any_of(examples, Unpaired) and "unpaired" in loss.units:
+        return "unpaired"
+    return loss.units[0]  # type: ignore[return-value]
 
 
 def any_of(examples: Sequence[Example], kind: type) -> bool:
@@ -83,13 +87,10 @@ def fit_to_loss(config: RunConfig, loss: Loss, data: ExampleData, is_heldout: bo
     if "labels" in loss.needs:
         problems += [_unlabelled(example) for example in examples if _lacks_label(example)]
         examples = [example for example in examples if not _lacks_label(example)]
-    for column in ("margin", "win_probabilities"):
-        if {"margin": "margins"}.get(column, column) in loss.needs:
-            for example in examples:
-                if getattr(example, column) is None:
-                    raise UserError(
-                        f"data: the loss '{loss.name}' needs {column} for every pair; {example.source} has none."
-                    )
+    for need, column in COLUMNS.items():
+        lacking = [example.source for example in examples if getattr(example, column, None) is None]
+        if need in loss.needs and lacking:
+            raise UserError(f"data: the loss '{loss.name}' needs {column} for every pair; {lacking[0]} has none.")
     return ExampleData(examples, [*data.problems, *problems], data.families, data.num_rows)
 
 

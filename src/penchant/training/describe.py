@@ -10,6 +10,7 @@ from torch import nn
 
 from penchant.models.logps import builds_full_logits
 from penchant.training import hardware
+from penchant.training.datasets import COLUMNS
 from penchant.training.estimate import Estimate, estimate_run, measure
 from penchant.training.logger import RunLog, count, duration
 from penchant.training.schedule import eval_interval
@@ -23,13 +24,10 @@ def describe(setup: Setup, log: RunLog) -> None:
     log.say("data", _data_sentence(findings["train"]))
     for example in findings["train"]["examples"][:3]:
         log.say("", example)
-    for column, need, reader in (
-        ("margin", "margins", "odpo"),
-        ("win_probabilities", "win_probabilities", "sppo-soft"),
-    ):
+    for need, column in COLUMNS.items():
         has_column = any(getattr(example, column) is not None for example in setup.datasets.train.examples)
         if has_column and need not in setup.loss.needs:
-            words = need.replace("_", " ")
+            words, reader = need.replace("_", " "), {"margins": "odpo", "win_probabilities": "sppo-soft"}[need]
             log.say("", f"the rows carry {words}, which {setup.loss.name} does not read ({reader} does)")
     nothing = "nothing: nobody will see whether what is learned carries over (eval_data, eval_size)"
     log.say("held out", _data_sentence(findings["eval"]) if findings["eval"] else nothing)
