@@ -136,8 +136,16 @@ class RunConfig(_Section):
     """Metrics are averaged and written every so many steps."""
     eval_steps: int | None = Field(default=None, ge=1)
     """Held-out evaluation every so many steps; default: four times in the run. Always before and after it."""
+    save_minutes: float = Field(default=15.0, gt=0)
+    """Save a checkpoint to resume from every so many minutes; these go when the run is finished."""
     save_steps: int | None = Field(default=None, ge=1)
-    """Save the weights every so many steps (the newest two are kept); default: only the finished model."""
+    """Save a checkpoint every so many steps instead, and keep the newest ones."""
+    save_best: bool = False
+    """Also save, and keep, the checkpoint whose held-out loss is the lowest so far."""
+    keep_checkpoints: int = Field(default=2, ge=1)
+    """How many of the newest checkpoints are kept."""
+    skip_spikes: bool = False
+    """Skip a step whose loss or gradient norm lies 6 standard deviations above the last 128; default: only say so."""
     num_samples: int = Field(default=5, ge=0)
     """Held-out prompts answered before and after training, for the report."""
     sample_max_new_tokens: int = Field(default=128, ge=1)

@@ -1,0 +1,96 @@
+"""The command line. Verbs import what they need when they are used, so that help comes at once."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Callable, Sequence
+from typing import Any
+
+from penchant.cli import data, showing, training
+from penchant.config import option_names, parse_value
+from penchant.errors import UserError, nearest
+
+EXIT_CODES = "Exit codes: 0 done; 1 a fault in Penchant; 2 something you can mend (the message says what); 130 stopped."
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Runs one command and returns its exit code; see EXIT_CODES."""
+    words, loss_settings = _split_loss_settings(list(sys.argv[1:] if arguments is None else arguments))
+    options, unknown = _parser().parse_known_args(words)
+    try:
+        if unknown:
+            raise UserError(f"there is no option '{unknown[0]}'{_nearest_option(unknown[0])}")
+        if loss_settings and options.verb not in ("train", "resume"):
+            raise UserError(f"settings of the loss belong to `penchant train`, not to `penchant {options.verb}`.")
+        options.loss_settings = loss_settings
+        return options.run(options)
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print("stopped.", file=sys.stderr)
+        return 130
+    except BrokenPipeError:  # whoever read the output has seen enough
+        sys.stdout = None
+        return 0
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="penchant",
+        description="Trains language models on preferences: Direct Preference Optimization and its family.",
+        epilog=f"`penchant VERB --help` tells more. {EXIT_CODES}",
+        allow_abbrev=False,
+    )
+    parser.add_argument("--version", action="version", version=f"penchant {_version()}")
+    verbs = parser.add_subparsers(title="verbs", dest="verb", required=True, metavar="VERB")
+
+    def verb(name: str, run: Callable[[argparse.Namespace], int], summary: str, **more: Any) -> Any:
+        added = verbs.add_parser(
+            name,
+            help=summary,
+            description=summary,
+            allow_abbrev=False,
+            formatter_class=argparse.RawDescriptionHelpFormatter,
+            **more,
+        )
+        added.set_defaults(run=run)
+        return added
+
+    for room in (training, data, showing):
+        room.add_verbs(verb)
+    return parser
+
+
+def _split_loss_settings(words: list[str]) -> tuple[list[str], dict[str, Any]]:
+    """Takes `--loss.NAME VALUE` out of the words: which names there are is known only to the losses.
+
+    Hyphens in the names of keys may stand for underscores.
+    """
+    kept: list[str] = []
+    settings: dict[str, Any] = {}
+    known = option_names()
+    while words:
+        word = words.pop(0)
+        name, equals, text = word[2:].partition("=")
+        name = name.replace("-", "_")
+        if word.startswith("--loss."):
+            if not equals and (not words or words[0].startswith("--")):
+                settings[name] = None  # reported with the loss's own settings, which know the type
+                continue
+            settings[name] = parse_value(text if equals else words.pop(0))
+        else:
+            kept.append(f"--{name}{equals}{text}" if word.startswith("--") and name in known else word)
+    return kept, settings
+
+
+def _nearest_option(word: str) -> str:
+    name = word.lstrip("-").partition("=")[0].replace("-", "_")
+    return nearest(name, option_names()) or "; `penchant VERB --help` lists them"
+
+
+def _version() -> str:
+    from importlib.metadata import version
+
+    return version("penchant")
