@@ -19,6 +19,13 @@ install_import_hook("penchant", "beartype.beartype")
 
 torch.set_num_threads(1)  # tiny tensors gain nothing from more, and the order of sums stays the same
 
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    """Options for the tests of faults, which are many."""
+    parser.addoption("--full", action="store_true", help="try every fault, not a few of each kind")
+    parser.addoption("--table", metavar="FILE", help="write the table of faults, as Markdown, to FILE")
+
+
 WORDS = "the a cat dog sat ran on under red blue mat tree what is one two three capital of France Paris yes no"
 WORDS = WORDS.split()
 CHAT_TEMPLATE = (

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
 from penchant.errors import UserError, nearest
 
@@ -36,6 +36,13 @@ Every loss is a method by its own name; the others are presets, of one loss or o
 
 _RATES = {"sft": 2e-5, "orpo": 8e-6, "kto": 5e-6}
 """Peak learning rates of methods that want another one than DPO: sources in docs/guide.md."""
+
+
+Drop = Literal[
+    "identical", "prefix", "near-identical", "duplicate", "contradiction", "leak", "prompt-leak", "no-end",
+    "doubled-token", "truncated", "special-token", "tie", "inverted", "user-turns",
+]  # fmt: skip
+"""Findings of the data doctor that point at rows; `data/findings.py` says what each is."""
 
 
 class _Section(BaseModel):
@@ -71,9 +78,12 @@ class RunConfig(_Section):
     model: str
     """The model to train: a local folder, a hub id or a .gguf file."""
     data: str
-    """Preferences: a .jsonl or .json file, also .gz; pairs, single judged completions or rankings are recognised."""
+    """Preferences: a file (.jsonl, .json, .csv, .tsv, also .gz or .zst; .parquet), a directory, a pattern, or a dataset
+    of the hub (owner/name:split); pairs, single judged completions or rankings are recognised."""
     eval_data: str | None = None
-    """Held-out preferences. Without it, eval_size of the rows in data are held out."""
+    """Held-out preferences, named as data is. Without it, eval_size of the rows in data are held out."""
+    data_family: str | None = None
+    """Read all rows as this row family (trl, hh, sharegpt, ...) instead of recognising each; docs/guide.md has them."""
     eval_size: float = Field(default=0.05, ge=0)
     """Held out from data when there is no eval_data: a share below 1, or a number of rows; 0 holds out none."""
     pairs_from_rankings: Literal["best_worst", "best_rest", "all"] = "best_worst"
@@ -120,6 +130,12 @@ class RunConfig(_Section):
     """File with a Jinja chat template, instead of the tokenizer's own."""
     max_bad_rows: float = Field(default=0.01, ge=0, le=1)
     """Share of unusable rows above which the run does not start."""
+    drop: tuple[Drop, ...] = ()
+    """Findings whose training rows are left out: near-identical, duplicate, ... (see: penchant check)."""
+    min_margin: float | None = Field(default=None, gt=0)
+    """Leave out training pairs whose margin (or difference of scores) is below this."""
+    weigh_by_margin: bool = False
+    """Multiply the weight of a training pair by 2 sigmoid(margin) - 1: how sure chosen is the better one."""
 
     lora: LoraConfig = Field(default_factory=LoraConfig)
     reference: ReferenceConfig = Field(default_factory=ReferenceConfig)
@@ -150,6 +166,12 @@ class RunConfig(_Section):
     """Held-out prompts answered before and after training, for the report."""
     sample_max_new_tokens: int = Field(default=128, ge=1)
     """Longest sampled answer, in tokens."""
+
+    @field_validator("drop", mode="before")
+    @classmethod
+    def _listed(cls, names: Any) -> Any:
+        """On the line the names stand behind each other: `--drop duplicate,leak`."""
+        return [name.strip() for name in names.split(",") if name.strip()] if isinstance(names, str) else names
 
     @model_validator(mode="after")
     def _options_fit_together(self) -> RunConfig:
@@ -267,9 +289,16 @@ def option_names() -> dict[str, str]:
     return dict(_options(RunConfig, ""))
 
 
-def parse_value(text: str) -> Any:
-    """A value from the command line, read as YAML reads it."""
-    return yaml.load(text, _Loader)
+def parse_value(text: str, source: str | None = None) -> Any:
+    """A value from the command line, or the text of the file `source`, read as YAML reads it.
+
+    Raises:
+        UserError: it is not YAML.
+    """
+    try:
+        return yaml.load(text, _Loader)
+    except (yaml.YAMLError, RecursionError, ValueError) as error:  # a date like 2026-99-99 is a ValueError
+        raise UserError(f"{source or repr(text)}: is not YAML: {' '.join(str(error).split())}") from None
 
 
 class _Loader(yaml.SafeLoader):
@@ -292,13 +321,11 @@ _Loader.add_implicit_resolver(
 
 def _read_run_file(path: str) -> dict[str, Any]:
     try:
-        settings = yaml.load(Path(path).read_text(encoding="utf-8"), _Loader)
+        settings = parse_value(Path(path).read_text(encoding="utf-8"), path)
     except FileNotFoundError:
         raise UserError(f"{path}: there is no such run file.") from None
     except (OSError, UnicodeDecodeError) as error:
         raise UserError(f"{path}: cannot be read ({error}).") from None
-    except yaml.YAMLError as error:
-        raise UserError(f"{path}: is not YAML: {' '.join(str(error).split())}") from None
     if not isinstance(settings, dict):
         raise UserError(f"{path}: a run file is a list of 'key: value' lines; see `penchant train --help`.")
     return settings

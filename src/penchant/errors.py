@@ -9,8 +9,10 @@ from collections.abc import Iterable
 class UserError(Exception):
     """Something the user can mend: the message is the whole explanation, and no traceback is shown.
 
-    Every command ends with exit code 2 on it.
+    A command ends with its exit code on it.
     """
+
+    exit_code = 2
 
 
 def nearest(word: str, candidates: Iterable[str]) -> str:

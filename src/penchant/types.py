@@ -7,7 +7,7 @@ rejected, T tokens of a row, M scored tokens of a batch, V vocabulary, D hidden 
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import accumulate
 from typing import Any
@@ -16,98 +16,13 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
-Message = Mapping[str, str]
-"""One turn of a conversation: `{"role": "user", "content": "..."}`."""
-
-Text = str | Sequence[Message]
-"""What stands in a prompt or a completion: plain text, or whole messages (rendered by the chat template)."""
-
-
-@dataclass(frozen=True)
-class Pair:
-    """One human judgement: for `prompt`, `chosen` was preferred to `rejected`.
-
-    Prompt and completions are all plain text or all messages. `source` names the row (`file:line`) in messages.
-    """
-
-    prompt: Text
-    chosen: Text
-    rejected: Text
-    source: str = ""
-    weight: float = 1.0
-    """How much the pair counts, relative to the others."""
-    margin: float | None = None
-    """By how much chosen is better (a difference of scores, say), where the data know."""
-    win_probabilities: tuple[float, float] | None = None
-    """Chances of chosen and of rejected to beat the policy that made them, where the data know (SPPO)."""
-
-    @property
-    def completions(self) -> tuple[Text, ...]:
-        """Chosen, rejected."""
-        return self.chosen, self.rejected
-
-
-@dataclass(frozen=True)
-class Unpaired:
-    """One completion, judged on its own; `is_desirable` is None where nobody judged it."""
-
-    prompt: Text
-    completion: Text
-    is_desirable: bool | None
-    source: str = ""
-    weight: float = 1.0
-
-    @property
-    def completions(self) -> tuple[Text, ...]:
-        """The completion."""
-        return (self.completion,)
-
-
-@dataclass(frozen=True)
-class Ranking:
-    """Several completions of one prompt, the best first; `scores` are theirs, where the data know."""
-
-    prompt: Text
-    completions: tuple[Text, ...]
-    source: str = ""
-    weight: float = 1.0
-    scores: tuple[float, ...] | None = None
-
-
-Example = Pair | Unpaired | Ranking
-"""What a row of preference data holds."""
-
-
-@dataclass(frozen=True)
-class TokenizedExample:
-    """A prompt and its completions as token ids; each completion ends with its end-of-turn token.
-
-    Pairs hold (chosen, rejected), unpaired examples one completion, rankings K, the best first. `prompt_ids` and one
-    completion make one sequence. `index` names the example within a run.
-    """
-
-    prompt_ids: Sequence[int]
-    completion_ids: tuple[Sequence[int], ...]
-    index: int
-    weight: float = 1.0
-    margin: float | None = None
-    win_probabilities: tuple[float, float] | None = None
-    is_desirable: bool | None = None
-
-    @property
-    def num_tokens(self) -> int:
-        """Tokens of the longest of the sequences."""
-        return len(self.prompt_ids) + max(map(len, self.completion_ids))
-
-    @property
-    def num_trained_tokens(self) -> int:
-        """Tokens of the completion whose likelihood shall rise: chosen, the best, the desirable one."""
-        return len(self.completion_ids[0]) if self.is_desirable is not False else 0
-
-    @property
-    def num_scored_tokens(self) -> int:
-        """Tokens of all sequences, the prompt counted in each: what any layout has to account for."""
-        return len(self.prompt_ids) * len(self.completion_ids) + sum(map(len, self.completion_ids))
+from penchant.examples import Example as Example
+from penchant.examples import Message as Message
+from penchant.examples import Pair as Pair
+from penchant.examples import Ranking as Ranking
+from penchant.examples import Text as Text
+from penchant.examples import TokenizedExample as TokenizedExample
+from penchant.examples import Unpaired as Unpaired
 
 
 @dataclass(frozen=True)

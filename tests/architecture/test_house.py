@@ -17,7 +17,8 @@ ROOT = Path(__file__).parents[2]
 PACKAGE = ROOT / "src" / "penchant"
 
 FLOORS = [
-    {"errors"},
+    {"errors", "disk", "stopping"},
+    {"examples"},
     {"types"},
     {"losses"},
     {"config"},

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import shutil
 import time
@@ -17,7 +18,8 @@ from penchant.errors import UserError
 from penchant.layouts.padded import collate
 from penchant.models import load
 from penchant.models.adapters import add_lora
-from penchant.models.load import disable_dropout, load_model_and_tokenizer, save_model, weights_sha256
+from penchant.models.fingerprints import weights_sha256
+from penchant.models.load import disable_dropout, load_model_and_tokenizer, load_weights, save_model
 from penchant.models.logps import token_logps
 from penchant.types import Batch, TokenizedExample
 
@@ -62,15 +64,6 @@ def test_half_precision_weights_are_loaded_as_float32(tiny_model: nn.Module, tok
     save_model(tiny_model.bfloat16(), tokenizer, tmp_path / "model")
     loaded, _ = load_model_and_tokenizer(str(tmp_path / "model"))
     assert {parameter.dtype for parameter in loaded.parameters()} == {torch.float32}
-
-
-def test_hash_of_the_weights_tells_one_bit_apart(tiny_model: nn.Module) -> None:
-    before = weights_sha256(tiny_model)
-    assert weights_sha256(tiny_model) == before
-    with torch.no_grad():
-        weight = tiny_model.lm_head.weight
-        weight[0, 0] = torch.nextafter(weight[0, 0], torch.tensor(1e9))
-    assert weights_sha256(tiny_model) != before
 
 
 RANDOM_IN_TRAINING = {
@@ -135,12 +128,40 @@ def test_adapter_folder_loads_merged_into_its_base(
     assert loaded_tokenizer.chat_template == tokenizer.chat_template
 
 
+def test_model_of_an_adapter_can_be_trained(model_folder: Path, tokenizer: Any, tmp_path: Path) -> None:
+    save_model(add_lora(load_model_and_tokenizer(str(model_folder))[0], 2, 4), tokenizer, tmp_path / "adapter")
+    model, _ = load_model_and_tokenizer(str(tmp_path / "adapter"))
+    assert all(parameter.requires_grad for parameter in model.parameters())
+
+
+def test_words_that_an_adapter_brings_along_have_a_place(model_folder: Path, tokenizer: Any, tmp_path: Path) -> None:
+    larger = copy.deepcopy(tokenizer)
+    larger.add_tokens([f"<|new {number}|>" for number in range(330 - len(tokenizer))])
+    base, _ = load_model_and_tokenizer(str(model_folder))
+    base.resize_token_embeddings(330)
+    model = add_lora(base, 2, 4, ["q_proj"])
+    model.save_pretrained(tmp_path / "adapter", save_embedding_layers=True)
+    larger.save_pretrained(tmp_path / "adapter")
+    loaded, _ = load_model_and_tokenizer(str(tmp_path / "adapter"))
+    assert torch.equal(loaded.get_input_embeddings().weight, base.get_input_embeddings().weight)
+
+
+def test_adapter_on_an_adapter_is_refused(model_folder: Path, tokenizer: Any, tmp_path: Path) -> None:
+    for name in ("one", "two"):
+        save_model(add_lora(load_model_and_tokenizer(str(model_folder))[0], 2, 4), tokenizer, tmp_path / name)
+    settings_file = tmp_path / "two" / "adapter_config.json"
+    settings = json.loads(settings_file.read_text())
+    for base, sentence in ((str(tmp_path / "one"), "is an adapter, too"), (None, "names no base model")):
+        settings_file.write_text(json.dumps({**settings, "base_model_name_or_path": base}))
+        assert sentence in sentence_of(tmp_path / "two")
+
+
 def test_adapter_whose_base_is_gone_is_told_in_one_sentence(model_folder: Path, tokenizer: Any, tmp_path: Path) -> None:
     save_model(add_lora(load_model_and_tokenizer(str(model_folder))[0], 2, 4), tokenizer, tmp_path / "adapter")
     settings_file = tmp_path / "adapter" / "adapter_config.json"
     settings = json.loads(settings_file.read_text())
     settings_file.write_text(json.dumps({**settings, "base_model_name_or_path": "nobody/gone"}))
-    assert "cannot be loaded" in sentence_of(tmp_path / "adapter")
+    assert "'nobody/gone' is no local folder" in sentence_of(tmp_path / "adapter")
 
 
 @pytest.mark.parametrize("name", ["./missing", "missing/deep/inside", "/missing", "~/missing/model"])
@@ -153,7 +174,51 @@ def test_hub_id_that_cannot_be_reached_is_told_at_once(name: str) -> None:
     started = time.monotonic()
     sentence = sentence_of(name)
     assert time.monotonic() - started < 5
-    assert f"'{name}' is no local folder and cannot be loaded. We couldn't connect to" in sentence
+    assert sentence == f"model: '{name}' is no local folder, and the hub cannot be reached to ask there."
+
+
+@pytest.fixture
+def hub(model_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """The cache of the hub with one model in it, `someone/tiny`; gives the folder of its files."""
+    cache = tmp_path / "hub"
+    repository = cache / "models--someone--tiny"
+    (repository / "refs").mkdir(parents=True)
+    (repository / "refs" / "main").write_text("0123abc")
+    shutil.copytree(model_folder, repository / "snapshots" / "0123abc")
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(cache))
+    return repository / "snapshots" / "0123abc"
+
+
+def test_model_of_the_hub_that_was_fetched_before_needs_no_network(hub: Path, model_folder: Path) -> None:
+    loaded, _ = load_model_and_tokenizer("someone/tiny")
+    assert torch.equal(logps(loaded), logps(load_model_and_tokenizer(str(model_folder))[0]))
+
+
+def test_model_of_the_hub_is_looked_at_like_any_folder(hub: Path) -> None:
+    (hub / "model.safetensors").rename(hub / "pytorch_model.bin")
+    assert "holds its weights as pytorch_model.bin, a pickle" in sentence_of("someone/tiny")
+
+
+def test_neither_pickles_nor_python_are_fetched(hub: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from huggingface_hub.utils import filter_repo_objects
+
+    offered = [path.name for path in hub.iterdir()]
+    offered += [
+        "pytorch_model.bin",
+        "modeling_tiny.py",
+        "training_args.bin",
+        "original/model.safetensors",
+        "optimizer.pt",
+    ]
+    fetched: list[str] = []
+
+    def snapshot_download(name: str, allow_patterns: list[str], ignore_patterns: list[str], **_: Any) -> str:
+        fetched.extend(filter_repo_objects(offered, allow_patterns=allow_patterns, ignore_patterns=ignore_patterns))
+        return str(hub)
+
+    monkeypatch.setattr("huggingface_hub.snapshot_download", snapshot_download)
+    load_model_and_tokenizer("someone/tiny")
+    assert sorted(fetched) == sorted(path.name for path in hub.iterdir())
 
 
 def test_file_is_no_model(model_folder: Path) -> None:
@@ -224,6 +289,21 @@ def test_saving_replaces_a_folder(tiny_model: nn.Module, tokenizer: Any, tmp_pat
     assert not (folder / "stale.txt").exists()
     assert torch.equal(logps(load_model_and_tokenizer(str(folder))[0]), logps(tiny_model))
     assert [path.name for path in tmp_path.iterdir()] == ["best"]
+
+
+@pytest.mark.parametrize("with_lora", [False, True])
+def test_weights_to_go_on_with_are_looked_at_too(
+    with_lora: bool, model_folder: Path, tokenizer: Any, tmp_path: Path
+) -> None:
+    model, _ = load_model_and_tokenizer(str(model_folder))
+    if with_lora:
+        model = add_lora(model, 2, 4)
+    save_model(model, tokenizer, tmp_path / "step-1")
+    load_weights(model, tmp_path / "step-1")
+    (weights,) = (tmp_path / "step-1").glob("*.safetensors")
+    weights.rename(weights.with_suffix(".bin"))
+    with pytest.raises(UserError, match="a pickle"):
+        load_weights(model, tmp_path / "step-1")
 
 
 def test_saving_that_fails_leaves_what_was_there(

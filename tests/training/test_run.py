@@ -127,7 +127,7 @@ def test_a_run_learns_and_writes_everything(model_folder: Path, tmp_path: Path) 
     assert evaluated[-1]["eval_rewards/accuracies"] == 1.0
     assert set(evaluated[-1]) >= {f"eval_{name}" for name in METRICS}
     assert trained[-1]["kl"] > trained[0]["kl"] >= 0
-    written = {path.name for path in result.run_dir.iterdir()}
+    written = {path.name for path in result.run_dir.iterdir() if path.name != ".lock"}
     assert written == {
         "run.yaml", "metrics.jsonl", "events.jsonl", "samples.jsonl", "pairs.jsonl", "data.json", "summary.json",
         "report.html", "README.md", "model",
@@ -399,7 +399,7 @@ def test_a_prompt_over_the_limit_is_left_out_and_named(model_folder: Path, tmp_p
 
 def test_a_run_that_is_there_is_kept_unless_overwritten(model_folder: Path, tmp_path: Path) -> None:
     train(model_folder, tmp_path, max_steps=1)
-    with pytest.raises(penchant.UserError, match="holds a run already"):
+    with pytest.raises(penchant.UserError, match="holds a finished run"):
         train(model_folder, tmp_path, max_steps=1)
     train(model_folder, tmp_path, max_steps=2, overwrite=True)
     assert len(metrics_of(tmp_path / "run")[0]) == 2

@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-import json
 import os
 from pathlib import Path
 
 import pytest
 
 from penchant.config import RunConfig
+from penchant.disk import write_json, write_text
 from penchant.errors import UserError
-from penchant.training.rundir import check_run_dir, choose_run_dir, open_run_dir, write_json, write_text
+from penchant.training.rundir import check_run_dir, choose_run_dir, claimed, locked, resolved_run_file
 
 
 def config(model: str, **settings: object) -> RunConfig:
@@ -33,7 +33,26 @@ def test_a_name_that_is_taken_is_numbered(tmp_path: Path, monkeypatch: pytest.Mo
     for expected in ("m-ipo", "m-ipo-2", "m-ipo-3"):
         folder = choose_run_dir(config("m", method="ipo"))
         assert folder == Path("runs") / expected
-        open_run_dir(folder, overwrite=False)
+        folder.mkdir(parents=True)
+
+
+def test_a_run_that_stopped_early_is_found_again_by_the_same_settings_alone(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    begun = config("m", seed=1)
+    folder = choose_run_dir(begun)
+    with claimed(folder):
+        pass
+    write_text(folder / "run.yaml", resolved_run_file(begun, folder))
+    for status in ("running", "interrupted", "failed"):
+        write_json(folder / "summary.json", {"status": status})
+        assert choose_run_dir(begun) == folder
+        assert choose_run_dir(config("m", seed=2)) == Path("runs/m-dpo-2")
+        with locked(folder):
+            assert choose_run_dir(begun) == Path("runs/m-dpo-2"), "another process works on it"
+    write_json(folder / "summary.json", {"status": "finished"})
+    assert choose_run_dir(begun) == Path("runs/m-dpo-2")
 
 
 def test_a_folder_without_right_to_write_is_refused_before_any_work(tmp_path: Path) -> None:
@@ -42,14 +61,3 @@ def test_a_folder_without_right_to_write_is_refused_before_any_work(tmp_path: Pa
         pytest.skip("this user may write everywhere")
     with pytest.raises(UserError, match="no right to write"):
         check_run_dir(tmp_path / "run", overwrite=False)
-
-
-def test_a_file_is_written_whole_or_stays_as_it_was(tmp_path: Path) -> None:
-    path = tmp_path / "summary.json"
-    write_json(path, {"a": 1})
-    with pytest.raises(ValueError, match="JSON"):
-        write_json(path, {"a": float("nan")})
-    assert json.loads(path.read_text()) == {"a": 1}
-    write_text(path, "lone \ud800 surrogate")
-    assert path.read_text() == "lone \\ud800 surrogate"
-    assert [entry.name for entry in tmp_path.iterdir()] == ["summary.json"]

@@ -328,9 +328,9 @@ def test_a_step_that_is_not_finite_leaves_the_weights_as_they_were(monkeypatch: 
     batches = [PADDED.collate(ragged("pair"))]
     with monkeypatch.context() as patch:
         patch.setattr(DPOLoss, "__call__", lambda self, logps: logps.policy_chosen_logps * float("nan"))
-        assert not train_step(policy, reference, DPOLoss(), batches, optimizer, 1.0, Means())
+        assert not train_step(policy, reference, DPOLoss(), batches, optimizer, 1.0, Means()).is_finite
     assert all(torch.equal(before[name], value) for name, value in policy.model.state_dict().items())
-    assert train_step(policy, reference, DPOLoss(), batches, optimizer, 1.0, Means())
+    assert train_step(policy, reference, DPOLoss(), batches, optimizer, 1.0, Means()).is_taken
     assert not all(torch.equal(before[name], value) for name, value in policy.model.state_dict().items())
     assert all(parameter.grad is None for parameter in policy.model.parameters())
 

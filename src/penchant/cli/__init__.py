@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import signal
 import sys
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -11,7 +12,10 @@ from penchant.cli import data, showing, training
 from penchant.config import option_names, parse_value
 from penchant.errors import UserError, nearest
 
-EXIT_CODES = "Exit codes: 0 done; 1 a fault in Penchant; 2 something you can mend (the message says what); 130 stopped."
+EXIT_CODES = (
+    "Exit codes: 0 done; 1 a fault in Penchant; 2 something you can mend (the message says what); 3 no checkpoint is "
+    "whole; 130 stopped by Ctrl-C, 143 by SIGTERM (both after a checkpoint)."
+)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -27,10 +31,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return options.run(options)
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
-        return 2
-    except KeyboardInterrupt:
+        return error.exit_code
+    except KeyboardInterrupt as stop:
         print("stopped.", file=sys.stderr)
-        return 130
+        return 128 + getattr(stop, "signum", signal.SIGINT)
     except BrokenPipeError:  # whoever read the output has seen enough
         sys.stdout = None
         return 0

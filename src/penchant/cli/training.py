@@ -6,12 +6,15 @@ import argparse
 import json
 import sys
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from penchant.cli.plugins import Verb, add_import_option, import_file
 from penchant.cli.showing import show_comparison
 from penchant.config import load_config, option_names, parse_value
 from penchant.errors import UserError
+
+if TYPE_CHECKING:
+    from penchant.training.run import RunResult
 
 _TRAIN_EPILOG = """examples:
   penchant train --model ./sft-model --data pairs.jsonl
@@ -43,7 +46,34 @@ def add_verbs(verb: Verb) -> None:
         help="a run for each value, compared at the end; given twice, for each combination",
     )
     add_import_option(train)
+    _add_allow_change(train)
     _add_keys(train)
+    resume = verb(
+        "resume",
+        _resume,
+        "Go on with a run that was stopped or killed, from its newest whole checkpoint.",
+        usage="penchant resume RUN_DIR [--KEY VALUE ...] [--allow-change KEY,KEY]",
+    )
+    resume.add_argument("run_dir", type=Path, metavar="RUN_DIR")
+    _add_allow_change(resume)
+    resume.add_argument("--json", action="store_true", help="print the run's summary as JSON on standard output")
+    add_import_option(resume)
+    _add_keys(resume)
+    status = verb(
+        "status", _status, "Say how far a run is, whether it is being worked on, and from where it can go on."
+    )
+    status.add_argument("run_dir", type=Path, metavar="RUN_DIR")
+    status.add_argument("--json", action="store_true", help="print it as JSON")
+
+
+def _add_allow_change(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--allow-change",
+        action="append",
+        default=[],
+        metavar="KEY,KEY",
+        help="keys that may differ from what they were when the run was begun: beta, learning_rate, data, ...",
+    )
 
 
 def _add_keys(parser: argparse.ArgumentParser) -> None:
@@ -60,8 +90,7 @@ def _add_keys(parser: argparse.ArgumentParser) -> None:
 
 
 def _train(options: argparse.Namespace) -> int:
-    keys = {name.removeprefix("key:"): value for name, value in vars(options).items() if name.startswith("key:")}
-    overrides = {name: parse_value(text) for name, text in keys.items()} | options.loss_settings
+    overrides = _overrides(options)
     for path in options.imports:
         import_file(path)
     run_file = _run_file(options.run_file)
@@ -75,10 +104,48 @@ def _train(options: argparse.Namespace) -> int:
         if options.json:
             print(json.dumps(plan, ensure_ascii=False, indent=2))
         return 0
-    result = execute(config, overwrite=options.overwrite)
-    if options.json:
+    return _end(execute(config, overwrite=options.overwrite, allow_change=_allowed(options)), options.json)
+
+
+def _resume(options: argparse.Namespace) -> int:
+    for path in options.imports:
+        import_file(path)
+    from penchant.training.resume import config_of
+    from penchant.training.run import execute
+    from penchant.training.rundir import read_summary
+
+    overrides = _overrides(options)
+    if read_summary(options.run_dir).get("status") == "finished" and not overrides:
+        from penchant.training.session import complete_pages
+
+        complete_pages(options.run_dir)
+        print(f"{options.run_dir} is finished; there is nothing to go on with.", file=sys.stderr)
+        return 0
+    return _end(execute(config_of(options.run_dir, overrides), allow_change=_allowed(options)), options.json)
+
+
+def _status(options: argparse.Namespace) -> int:
+    from penchant.training.status import status_of
+
+    status = status_of(options.run_dir)
+    print(json.dumps(status.to_json(), ensure_ascii=False, indent=2) if options.json else status)
+    return 0
+
+
+def _allowed(options: argparse.Namespace) -> list[str]:
+    return [key.strip().replace("-", "_") for keys in options.allow_change for key in keys.split(",") if key.strip()]
+
+
+def _overrides(options: argparse.Namespace) -> dict[str, Any]:
+    keys = {name.removeprefix("key:"): value for name, value in vars(options).items() if name.startswith("key:")}
+    return {name: parse_value(text) for name, text in keys.items()} | options.loss_settings
+
+
+def _end(result: RunResult, as_json: bool) -> int:
+    """What a command that trained leaves with: the summary if asked for, and the exit code."""
+    if as_json:
         print(json.dumps({"run_dir": str(result.run_dir), **result.summary}, ensure_ascii=False, indent=2))
-    return 130 if result.summary["status"] == "interrupted" else 0
+    return 128 + result.summary["signal"] if result.summary["status"] == "interrupted" else 0
 
 
 def _sweep(run_file: str | None, overrides: dict[str, Any], options: argparse.Namespace) -> int:

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+import signal
+import threading
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
 from penchant.data.formats import RowProblem
 from penchant.errors import UserError
-from penchant.types import Example, Pair, Text, TokenizedExample, Unpaired
+from penchant.examples import Example, Pair, Text, TokenizedExample, Unpaired
 
 TOKEN_CHECKS = {
     "T01": "the prompt alone fills max_length",
@@ -29,6 +32,9 @@ PLAIN_CHAT_TEMPLATE = (
     "{% if add_generation_prompt %}{{ '\n\nAssistant:' }}{% endif %}"
 )
 """A chat template for tokenizers without one: the turns of the HH dialogues, written out."""
+
+TEMPLATE_SECONDS = 10.0
+"""Most time a chat template has for one conversation."""
 
 
 @dataclass
@@ -62,26 +68,28 @@ def tokenize_examples(
             `truncation` is "error".
     """
     data = TokenizedData()
-    for index, example in enumerate(examples, start=first_index):
-        advance(1)
-        try:
-            prompt_ids, completion_ids = encode(tokenizer, example.prompt, example.completions)
-        except RenderError as error:
-            data.problems.append(RowProblem(error.code, example.source, str(error)))
-            continue
-        room, length = max_length - len(prompt_ids), max(map(len, completion_ids))
-        problem = _misfit(example, len(prompt_ids), length, max_length, truncation)
-        if problem is not None:
-            data.problems.append(problem)
-            continue
-        completion_ids = [ids[:room] for ids in completion_ids]
-        if len(set(map(tuple, completion_ids))) < len(completion_ids):
-            message = f"completions are the same tokens within max_length {max_length}; raise it, or drop the row"
-            data.problems.append(RowProblem("T05", example.source, message))
-            continue
-        data.num_truncated += length > room
-        data.examples.append(_tokenized(example, prompt_ids, completion_ids, index))
-        data.texts[index] = example
+    with _time_limit(TEMPLATE_SECONDS) as begin:
+        for index, example in enumerate(examples, start=first_index):
+            begin(example)
+            advance(1)
+            try:
+                prompt_ids, completion_ids = encode(tokenizer, example.prompt, example.completions)
+            except RenderError as error:
+                data.problems.append(RowProblem(error.code, example.source, str(error)))
+                continue
+            room, length = max_length - len(prompt_ids), max(map(len, completion_ids))
+            problem = _misfit(example, len(prompt_ids), length, max_length, truncation)
+            if problem is not None:
+                data.problems.append(problem)
+                continue
+            completion_ids = [ids[:room] for ids in completion_ids]
+            if len(set(map(tuple, completion_ids))) < len(completion_ids):
+                message = f"completions are the same tokens within max_length {max_length}; raise it, or drop the row"
+                data.problems.append(RowProblem("T05", example.source, message))
+                continue
+            data.num_truncated += length > room
+            data.examples.append(_tokenized(example, prompt_ids, completion_ids, index))
+            data.texts[index] = example
     return data
 
 
@@ -170,8 +178,6 @@ def render(tokenizer: Any, prompt: Text, completions: Sequence[Text]) -> tuple[s
 
 
 def _apply_template(tokenizer: Any, messages: Sequence[Any], add_generation_prompt: bool) -> str:
-    from jinja2 import TemplateError
-
     if tokenizer.chat_template is None:
         raise UserError(
             "the data are messages and the model's tokenizer has no chat template; give one as chat_template: FILE"
@@ -180,8 +186,47 @@ def _apply_template(tokenizer: Any, messages: Sequence[Any], add_generation_prom
         return tokenizer.apply_chat_template(
             [dict(message) for message in messages], add_generation_prompt=add_generation_prompt, tokenize=False
         )
-    except TemplateError as error:
-        raise RenderError("T02", f"the chat template refuses the messages: {error}") from None
+    except UserError:
+        raise  # its time is over
+    except Exception as error:  # a template is a program, often by strangers: whatever it raises is its refusal
+        reason = " ".join(str(error).split()) or type(error).__name__
+        raise RenderError("T02", f"the chat template refuses the messages: {reason}") from None
+
+
+@contextmanager
+def _time_limit(seconds: float) -> Iterator[Callable[[Example], None]]:
+    """Gives a function that says which example begins, and stops one that takes longer than `seconds`.
+
+    It may take up to twice as long, and there is no limit outside the main thread, on Windows, and within a single
+    gigantic operation. The clock looks in from time to time, for setting it anew at every row would cost more than
+    rendering the row.
+    """
+    if threading.current_thread() is not threading.main_thread() or not hasattr(signal, "setitimer"):
+        yield lambda example: None
+        return
+    now: Example | None = None
+    seen: Example | None = None
+
+    def begin(example: Example) -> None:
+        nonlocal now
+        now = example
+
+    def look_in(*_: Any) -> None:
+        nonlocal seen
+        if now is not None and now is seen:
+            raise UserError(
+                f"{now.source}: the chat template takes more than {seconds:g} s for this conversation and may never "
+                "end; give another as chat_template: FILE"
+            )
+        seen = now
+
+    handler = signal.signal(signal.SIGALRM, look_in)
+    others = signal.setitimer(signal.ITIMER_REAL, seconds, seconds)
+    try:
+        yield begin
+    finally:
+        signal.setitimer(signal.ITIMER_REAL, *others)
+        signal.signal(signal.SIGALRM, handler or signal.SIG_DFL)
 
 
 def _ended(tokenizer: Any, ids: list[int]) -> list[int]:

@@ -6,6 +6,7 @@ A column that is null counts as absent. Numbers come out finite; true and false 
 from __future__ import annotations
 
 import math
+from itertools import chain
 from numbers import Real
 from typing import Any
 
@@ -19,6 +20,8 @@ SCORES = (
     ("chosen_score", "rejected_score"),
     ("chosen_rating", "rejected_rating"),
     ("chosen-rating", "rejected-rating"),
+    ("rating_chosen", "rating_rejected"),
+    ("chosen_avg_rating", "rejected_avg_rating"),
 )
 """Spellings of the scores of chosen and rejected, higher is better; the first with both filled counts."""
 
@@ -28,6 +31,9 @@ WIN_PROBABILITIES = (
     ("chosen_probs_win", "chosen_probs_lose"),
 )
 """Spellings of the chances of chosen and of rejected to win; the first that is filled counts."""
+
+NUMBERS = frozenset({*LABELS, "weight", "margin", *chain(*SCORES, *WIN_PROBABILITIES)})
+"""The columns that hold one number, or true or false."""
 
 
 def number_of(value: Any, name: str, code: str = "D22") -> float:

@@ -1,24 +1,30 @@
 """Row families: the shapes in which preference data is published, each known by its keys, read as an `Example`.
 
-trl        prompt, chosen, rejected: text or lists of messages; a prompt of messages may also be implied
+trl        prompt, chosen, rejected: text or lists of messages; a prompt of messages may also be implied. UltraFeedback,
+           Tulu and Axolotl's prompt_pairs, ultra and argilla_chat are of this shape
 hh         chosen and rejected (and perhaps prompt) as one text of "\\n\\nHuman:" and "\\n\\nAssistant:" turns
 sharegpt   conversations (or messages), chosen and rejected one message each, {from, value} or {role, content}
-alpaca     instruction, perhaps input, system and history, with chosen and rejected texts
-ranked     prompt (or instruction) with a list of completions and their scores or ranks; `rankings` takes it apart
-unpaired   one completion, perhaps with a label: prompt and completion; messages (or conversations) that end with it;
-           instruction and output
+openai     input with a list of messages, preferred_output and non_preferred_output
+alpaca     instruction, perhaps input and history, with chosen and rejected
+argilla    instruction (or question, or input) with chosen_response and rejected_response; input with chosen, rejected
+intel      question with chosen and rejected
+ranked     prompt (or instruction, question, input) with a list of completions and their scores or ranks; `rankings`
+           takes it apart
+unpaired   one completion, perhaps with a label: prompt (or instruction, question, input) and completion; messages (or
+           conversations, or completion) that end with it; instruction and output
 
-The first four are pairs. Whatever cannot train is refused with a `RefusedError`.
+A `system` column may stand beside all but openai. All but the last two are pairs. Whatever cannot train is refused with
+a `RefusedError`.
 """
 
 from __future__ import annotations
 
-import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from itertools import chain
 
 from penchant.data.columns import label_of, margin_of, weight_of, win_probabilities_of
+from penchant.data.hh import is_hh, is_hh_prompt, read_hh, split_hh
 from penchant.data.messages import (
     SIDES,
     Messages,
@@ -32,6 +38,8 @@ from penchant.data.messages import (
     kind_of,
     listed,
     opens_with_answer,
+    refuse_tools,
+    side_names,
     sides_of,
     split_implicit,
     split_repeated,
@@ -41,10 +49,13 @@ from penchant.data.messages import (
     with_system,
 )
 from penchant.data.rankings import completions_of, has_completions, names_of, order_of
-from penchant.types import Example, Pair, Ranking, Text, Unpaired
+from penchant.errors import UserError, nearest
+from penchant.examples import Example, Pair, Ranking, Text, Unpaired
 
-_HH_TURN = re.compile(r"(?:\A\s*|\n\n)(Human|Assistant):")
-_HH_ROLES = {"Human": "user", "Assistant": "assistant"}
+_QUESTIONS = ("instruction", "question", "input")
+"""Columns that hold the question where there is no `prompt`; the first that is filled counts."""
+
+_SIDE_COLUMNS = frozenset(chain(*SIDES))
 
 
 @dataclass(frozen=True)
@@ -63,7 +74,7 @@ class Family:
 
 def family_of(row: Row) -> Family:
     """The first family that recognises the row."""
-    for family in FAMILIES:
+    for family in PAIRS if _is_pair(row) else (*OTHERS, _PROMPT_ONLY):
         if family.recognises(row):
             return family
     raise RefusedError(
@@ -73,16 +84,32 @@ def family_of(row: Row) -> Family:
     )
 
 
+def family_named(name: str) -> Family:
+    """The family that a user names, to read every row as one of it.
+
+    Raises:
+        UserError: there is no such family.
+    """
+    families = {family.name: family for family in PAIRS + OTHERS}
+    if name not in families:
+        raise UserError(
+            f"data_family: there is no row family '{name}'{nearest(name, families)}; there are {', '.join(families)}"
+        )
+    return families[name]
+
+
 # The kinds of example, one function each.
 
 
 def _build_pair(row: Row, parts: Parts, source: str) -> Pair:
-    check_example(parts, SIDES)
+    refuse_tools(row, "the row")
+    check_example(parts, side_names(row))
     prompt, chosen, rejected = parts
     return Pair(prompt, chosen, rejected, source, weight_of(row), margin_of(row), win_probabilities_of(row))
 
 
 def _build_unpaired(row: Row, parts: Parts, source: str) -> Unpaired:
+    refuse_tools(row, "the row")
     check_example(parts, ["completion"])
     prompt, completion = parts
     return Unpaired(prompt, completion, label_of(row), source, weight_of(row))
@@ -90,6 +117,7 @@ def _build_unpaired(row: Row, parts: Parts, source: str) -> Unpaired:
 
 def _build_ranking(row: Row, parts: Parts, source: str) -> Ranking:
     prompt, *completions = parts
+    refuse_tools(row, "the row")
     check_example(parts, names_of(completions))
     order, scores = order_of(row)
     best_first = tuple(completions[place] for place in order)
@@ -100,7 +128,7 @@ def _build_ranking(row: Row, parts: Parts, source: str) -> Ranking:
 
 
 def _read_trl(row: Row) -> Parts:
-    return _join(row, SIDES, sides_of(row))
+    return _join(row, side_names(row), sides_of(row))
 
 
 def _join(row: Row, names: Sequence[str], sides: Sequence[Text]) -> Parts:
@@ -116,8 +144,8 @@ def _join(row: Row, names: Sequence[str], sides: Sequence[Text]) -> Parts:
         return with_system(row, split_implicit(names, sides))
     prompt = text_or_messages(row, "prompt")
     if isinstance(prompt, str):
-        if plain and _is_hh_prompt(prompt):
-            return with_system(row, _split_hh(prompt, sides))
+        if plain and is_hh_prompt(prompt):
+            return with_system(row, split_hh(prompt, sides))
         if plain and row.get("system") in (None, ""):
             return prompt, *sides
         if not all(opens_with_answer(side) for side in sides):
@@ -129,59 +157,7 @@ def _join(row: Row, names: Sequence[str], sides: Sequence[Text]) -> Parts:
 
 
 def _read_hh(row: Row) -> Parts:
-    texts = {key: text_of(row, key) for key in ("chosen", "rejected")}
-    if "prompt" in row:
-        return _split_hh(text_of(row, "prompt"), list(texts.values()))
-    prompts, completions = [], []
-    for key, text in texts.items():
-        check_filled(key, text)
-        turns = _hh_turns(text)
-        answers = [index for index, turn in enumerate(turns) if turn["role"] == "assistant"]
-        if not answers:
-            raise RefusedError("D11", f"{key} has no Assistant turn; add its answer or delete the row")
-        prompts.append(turns[: answers[-1]])
-        completions.append(turns[answers[-1] :])
-    if prompts[0] != prompts[1]:
-        raise RefusedError(
-            "D16",
-            "chosen and rejected differ before their last Assistant turn; a pair has one prompt: delete the row",
-        )
-    return prompts[0], completions[0], completions[1]
-
-
-def _split_hh(prompt: str, texts: Sequence[Text]) -> Parts:
-    """The prompt column says where the prompt ends; the texts hold what follows it, or repeat it first."""
-    turns = _hh_turns(prompt)
-    if turns and turns[-1] == {"role": "assistant", "content": ""}:
-        turns = turns[:-1]  # the cue "\n\nAssistant:" belongs to the answer
-    completions: list[Text] = []
-    start = prompt.strip()
-    for text in texts:
-        answer = str(text).strip()
-        repeats = start if start.endswith("Assistant:") else f"{start}\n\nAssistant:"
-        if answer.startswith(repeats):
-            answer = answer.removeprefix(start).strip()
-        has_speaker = answer.startswith(("Assistant:", "Human:"))
-        completions.append(_hh_turns(answer if has_speaker or not answer else f"Assistant: {answer}"))
-    return turns, *completions
-
-
-def _hh_turns(text: str) -> Messages:
-    """The turns of HH-RLHF text, stripped; text before the first one is a system message.
-
-    Turns of one role in a row are joined: the data has some, and many chat templates refuse them.
-    """
-    preamble, *pieces = _HH_TURN.split(text)
-    turns: list[dict[str, str]] = []
-    if preamble.strip():
-        turns.append({"role": "system", "content": preamble.strip()})
-    for speaker, said in zip(pieces[::2], pieces[1::2], strict=True):
-        role = _HH_ROLES[speaker]
-        if turns and turns[-1]["role"] == role:
-            turns[-1]["content"] = f"{turns[-1]['content']}\n\n{said.strip()}".strip()
-        else:
-            turns.append({"role": role, "content": said.strip()})
-    return list(turns)
+    return with_system(row, read_hh(row))
 
 
 def _read_sharegpt(row: Row) -> Parts:
@@ -190,13 +166,29 @@ def _read_sharegpt(row: Row) -> Parts:
     return with_system(row, (turns_of(prompt, "user"), turns_of(chosen, "assistant"), turns_of(rejected, "assistant")))
 
 
-def _read_alpaca(row: Row) -> Parts:
-    prompt = _alpaca_prompt(row)
+def _read_openai(row: Row) -> Parts:
+    asked = row.get("input", {})
+    if not isinstance(asked, Mapping):
+        raise RefusedError("D04", f"input is {kind_of(asked)}; it must be an object with a list of messages here")
+    refuse_tools(asked, "input")
     chosen, rejected = sides_of(row)
-    return with_system(row, (prompt, turns_of(chosen, "assistant"), turns_of(rejected, "assistant")))
+    prompt = turns_of(text_or_messages(asked, "messages"), "user")
+    return prompt, turns_of(chosen, "assistant"), turns_of(rejected, "assistant")
 
 
-def _alpaca_prompt(row: Row) -> Messages:
+def _read_question(row: Row) -> Parts:
+    return _answered(row, side_names(row), sides_of(row))
+
+
+def _answered(row: Row, names: Sequence[str], sides: Sequence[Text]) -> Parts:
+    """The question with the completions to it, or with conversations that repeat it and hold more than it."""
+    question = _question_of(row)
+    if not all(opens_with_answer(side) for side in sides):
+        return with_system(row, split_repeated(question[-1]["content"], names, sides))
+    return with_system(row, (question, *(turns_of(side, "assistant") for side in sides)))
+
+
+def _question_of(row: Row) -> Messages:
     prompt: Messages = []
     history = row.get("history") or []
     if not is_list(history):
@@ -205,8 +197,9 @@ def _alpaca_prompt(row: Row) -> Messages:
         if not (is_list(turn) and len(turn) == 2 and all(isinstance(said, str) for said in turn)):
             raise RefusedError("D04", "history holds something else than [user, assistant] texts; mend the row")
         prompt += [{"role": "user", "content": turn[0]}, {"role": "assistant", "content": turn[1]}]
-    question = text_of(row, "instruction")
-    if row.get("input") not in (None, ""):
+    key = next((key for key in _QUESTIONS if key in row), "instruction")
+    question = text_of(row, key)
+    if key == "instruction" and row.get("input") not in (None, ""):
         question += "\n" + text_of(row, "input")
     prompt.append({"role": "user", "content": question})
     return prompt
@@ -214,19 +207,21 @@ def _alpaca_prompt(row: Row) -> Messages:
 
 def _read_ranked(row: Row) -> Parts:
     completions = completions_of(row)
-    if "instruction" in row and "prompt" not in row:
-        return with_system(row, (_alpaca_prompt(row), *(turns_of(each, "assistant") for each in completions)))
-    return _join(row, names_of(completions), completions)
+    return (_answered if _is_question(row) else _join)(row, names_of(completions), completions)
 
 
 def _read_unpaired(row: Row) -> Parts:
     if "completion" in row:
-        return _join(row, ["completion"], [text_or_messages(row, "completion")])
+        completion = text_or_messages(row, "completion")
+        if _is_question(row):
+            return _answered(row, ["completion"], [completion])
+        if "prompt" in row or isinstance(completion, str):
+            return _join(row, ["completion"], [completion])
+        return with_system(row, _split_conversation(row, "completion"))
     if "conversations" in row or "messages" in row:
         return with_system(row, _split_conversation(row, _conversation_key(row)))
     if "instruction" in row or "output" in row:
-        answer = turns_of(text_or_messages(row, "output"), "assistant")
-        return with_system(row, (_alpaca_prompt(row), answer))
+        return _answered(row, ["output"], [text_or_messages(row, "output")])
     raise RefusedError(
         "D02",
         f"the row has a label but no completion (keys {keys_of(row)}); add prompt and completion, or messages",
@@ -257,20 +252,20 @@ def _refuse_prompt_only(row: Row) -> Parts:
 
 
 def _is_pair(row: Row) -> bool:
-    return "chosen" in row or "rejected" in row
+    return not _SIDE_COLUMNS.isdisjoint(row)
 
 
-def _is_hh(row: Row) -> bool:
-    sides = [row.get(key) for key in SIDES]
-    if "prompt" in row:
-        return all(isinstance(side, str) for side in sides) and _is_hh_prompt(row["prompt"])
-    return any(isinstance(side, str) and ("\n\nHuman:" in side or "\n\nAssistant:" in side) for side in sides)
+def _is_openai(row: Row) -> bool:
+    return side_names(row) == SIDES[2] or isinstance(row.get("input"), Mapping)
 
 
-def _is_hh_prompt(prompt: Any) -> bool:
-    if not isinstance(prompt, str) or not prompt.lstrip().startswith("Human:"):
-        return False
-    return prompt.startswith("\n\n") or "\n\nAssistant:" in prompt
+def _is_question(row: Row) -> bool:
+    return "prompt" not in row and any(key in row for key in _QUESTIONS)
+
+
+def _is_argilla(row: Row) -> bool:
+    only_input = not ("instruction" in row or "question" in row)
+    return _is_question(row) and (side_names(row) == SIDES[1] or only_input)
 
 
 def _is_sharegpt(row: Row) -> bool:
@@ -282,23 +277,29 @@ def _is_ranked(row: Row) -> bool:
     # A conversation of its own, or a single answer, says more than a list beside it.
     if "completion" in row or "output" in row:
         return False
-    asked = "prompt" in row or "instruction" in row
+    asked = "prompt" in row or _is_question(row)
     return has_completions(row) and (asked or not ("conversations" in row or "messages" in row))
 
 
 def _is_single(row: Row) -> bool:
-    return any(key in row for key in ("kto_tag", "completion", "messages", "conversations", "output"))
+    return any(key in row for key in ("label", "kto_tag", "completion", "messages", "conversations", "output"))
 
 
-FAMILIES: tuple[Family, ...] = (
-    Family("sharegpt", lambda row: _is_pair(row) and _is_sharegpt(row), _read_sharegpt, _build_pair),
-    Family(
-        "alpaca", lambda row: _is_pair(row) and "instruction" in row and "prompt" not in row, _read_alpaca, _build_pair
-    ),
-    Family("hh", lambda row: _is_pair(row) and _is_hh(row), _read_hh, _build_pair),
-    Family("trl", _is_pair, _read_trl, _build_pair),
+PAIRS: tuple[Family, ...] = (
+    Family("sharegpt", _is_sharegpt, _read_sharegpt, _build_pair),
+    Family("openai", _is_openai, _read_openai, _build_pair),
+    Family("argilla", _is_argilla, _read_question, _build_pair),
+    Family("alpaca", lambda row: _is_question(row) and "instruction" in row, _read_question, _build_pair),
+    Family("intel", _is_question, _read_question, _build_pair),
+    Family("hh", is_hh, _read_hh, _build_pair),
+    Family("trl", lambda row: True, _read_trl, _build_pair),
+)
+"""The families of rows with both completions of a pair; the first that recognises a row reads it."""
+
+OTHERS: tuple[Family, ...] = (
     Family("ranked", _is_ranked, _read_ranked, _build_ranking),
     Family("unpaired", _is_single, _read_unpaired, _build_unpaired),
-    Family("prompt only", lambda row: "prompt" in row, _refuse_prompt_only, _build_unpaired),
 )
-"""The row families; the first that recognises a row reads it."""
+"""The families of the other rows."""
+
+_PROMPT_ONLY = Family("prompt only", lambda row: "prompt" in row, _refuse_prompt_only, _build_unpaired)

@@ -7,18 +7,19 @@ neighbours are read on.
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from penchant.data.families import family_of
-from penchant.data.files import Unreadable, read_rows
-from penchant.data.messages import RefusedError, kind_of
-from penchant.types import Example
+from penchant.data.families import Family, family_named, family_of
+from penchant.data.files import read_rows
+from penchant.data.messages import RefusedError, Row, kind_of
+from penchant.data.streams import Unreadable
+from penchant.examples import Example
 
 CHECKS: dict[str, str] = {
-    "D01": "not a JSON object",
+    "D01": "no JSON object, or a damaged row",
     "D02": "the prompt or a completion is missing",
     "D03": "keys of no known row family",
     "D04": "a field of the wrong type",
@@ -44,6 +45,8 @@ CHECKS: dict[str, str] = {
     "D24": "a weight that is not a finite number above 0",
     "D25": "rejected scored higher than chosen",
     "D26": "a win probability missing or outside [0, 1]",
+    "D27": "tools or tool calls, which are not trained",
+    "D28": "a line of 10 MB or more",
 }
 """Code of a row problem -> the reason in a few words, for counts by reason.
 
@@ -82,33 +85,78 @@ class ExampleData:
         return len(self.examples) + len(self.problems) if self.rows_read is None else self.rows_read
 
 
-def read_examples(path: str | Path) -> ExampleData:
-    """The examples of a .json or .jsonl file, plain or .gz.
+def stream_examples(path: str | Path, family: str | None = None) -> Iterator[tuple[str, Example | RowProblem]]:
+    """The rows of data files one at a time, as `stream_rows` gives them.
+
+    Args:
+        path: a file, a directory of files, a pattern, or a dataset of the hub.
+        family: the row family to read every row as; without it each row's own is recognised.
 
     Raises:
-        UserError: the file as a whole cannot be read; bad single rows become problems instead.
+        UserError: there is no such family, at once; a file as a whole cannot be read, when the reading gets there.
     """
-    return _collect(read_rows(path))
+    return _stream(read_rows(path), family_named(family) if family else None)
 
 
-def examples_from_rows(rows: Iterable[Any], name: str = "rows") -> ExampleData:
-    """The examples of rows in memory; the source of the first is `rows[0]`."""
-    return _collect((f"{name}[{index}]", row) for index, row in enumerate(rows))
+def stream_rows(
+    rows: Iterable[Any], name: str = "rows", family: str | None = None
+) -> Iterator[tuple[str, Example | RowProblem]]:
+    """Of each row in memory its family's name, empty where none is recognised, and its example or its problem.
+
+    The source of the first row is `rows[0]`.
+
+    Raises:
+        UserError: there is no such family.
+    """
+    sources = ((f"{name}[{index}]", row) for index, row in enumerate(rows))
+    return _stream(sources, family_named(family) if family else None)
 
 
-def _collect(rows: Iterable[tuple[str, Any]]) -> ExampleData:
+def read_examples(path: str | Path, family: str | None = None) -> ExampleData:
+    """The examples of data files; the arguments are those of `stream_examples`.
+
+    Raises:
+        UserError: a file as a whole cannot be read; bad single rows become problems instead.
+    """
+    return _collect(stream_examples(path, family))
+
+
+def examples_from_rows(rows: Iterable[Any], name: str = "rows", family: str | None = None) -> ExampleData:
+    """The examples of rows in memory; the arguments are those of `stream_rows`."""
+    return _collect(stream_rows(rows, name, family))
+
+
+def _stream(rows: Iterable[tuple[str, Any]], forced: Family | None) -> Iterator[tuple[str, Example | RowProblem]]:
+    for source, row in rows:
+        name = ""
+        try:
+            fields = _fields_of(row)
+            family = forced or family_of(fields)
+            name = family.name
+            found: Example | RowProblem = family.build(fields, family.read(fields), source)
+        except RefusedError as refused:
+            found = RowProblem(refused.code, source, str(refused))
+        yield name, found
+
+
+def _fields_of(row: Any) -> Row:
+    """What is filled: in tables every row has all columns, so null stands for nothing."""
+    if isinstance(row, Unreadable):
+        raise RefusedError(row.code, row.reason)
+    if not isinstance(row, Mapping):
+        raise RefusedError("D01", f"the row is {kind_of(row)}; write one JSON object with named fields")
+    return {key: value for key, value in row.items() if value is not None}
+
+
+def _collect(stream: Iterable[tuple[str, Example | RowProblem]]) -> ExampleData:
     examples: list[Example] = []
     problems: list[RowProblem] = []
     families: Counter[str] = Counter()
-    for source, row in rows:
-        try:
-            if isinstance(row, Unreadable):
-                raise RefusedError("D01", row.reason)
-            if not isinstance(row, Mapping):
-                raise RefusedError("D01", f"the row is {kind_of(row)}; write one JSON object with named fields")
-            family = family_of(row)
-            families[family.name] += 1
-            examples.append(family.build(row, family.read(row), source))
-        except RefusedError as refused:
-            problems.append(RowProblem(refused.code, source, str(refused)))
+    for family, found in stream:
+        if family:
+            families[family] += 1
+        if isinstance(found, RowProblem):
+            problems.append(found)
+        else:
+            examples.append(found)
     return ExampleData(examples, problems, dict(families.most_common()))

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from penchant.types import TokenizedExample
+from penchant.examples import TokenizedExample
 
 
 @dataclass(frozen=True)

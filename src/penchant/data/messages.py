@@ -6,7 +6,7 @@ import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from penchant.types import Message, Text
+from penchant.examples import Message, Text
 
 ROLES = ("system", "developer", "user", "assistant", "tool")
 """The roles a message may have."""
@@ -16,8 +16,12 @@ Messages = list[Message]
 Parts = tuple[Text, ...]
 """The prompt of one row, then its completions in the order of the row; of a pair chosen, rejected."""
 
-SIDES = ("chosen", "rejected")
-"""What messages call the completions of a pair."""
+SIDES = (
+    ("chosen", "rejected"),
+    ("chosen_response", "rejected_response"),
+    ("preferred_output", "non_preferred_output"),
+)
+"""Columns that hold the completions of a pair, the better first; the first with either of them filled counts."""
 
 _SHAREGPT_ROLES = {"human": "user", "gpt": "assistant", "observation": "tool"}
 _BAD_CHARACTER = re.compile("[\x00\ud800-\udfff]")
@@ -56,7 +60,7 @@ def split_implicit(names: Sequence[str], sides: Sequence[Text]) -> Parts:
 
 
 def split_repeated(prompt: str, names: Sequence[str], sides: Sequence[Text]) -> Parts:
-    """Sides that repeat a prompt given as text (UltraFeedback): it must be their first user turn.
+    """Sides that repeat a prompt given as text (UltraFeedback): it must be their first or their last user turn.
 
     The prompt of several sides is all they share; that of a single one ends with its first user turn.
     """
@@ -68,20 +72,24 @@ def split_repeated(prompt: str, names: Sequence[str], sides: Sequence[Text]) -> 
         questions = [number for number, turn in enumerate(turns, start=1) if turn["role"] == "user"]
         end = questions[0] if questions else 0
         before, rest = turns[:end], [turns[end:]]
-    first = next((turn["content"] for turn in turns_of(before, "user") if turn["role"] == "user"), "")
-    if first.strip() != prompt.strip():
+    asked = [turn["content"].strip() for turn in turns_of(before, "user") if turn["role"] == "user"]
+    if prompt.strip() not in (*asked[:1], *asked[-1:]):
         repeat = "repeat" if len(sides) > 1 else "repeats"
-        raise RefusedError(
-            "D16", f"the prompt is not the first user turn that {listed(names)} {repeat}; make them agree"
-        )
+        raise RefusedError("D16", f"the prompt is not the user turn that {listed(names)} {repeat}; make them agree")
     return before, *rest
 
 
+def side_names(row: Row) -> tuple[str, str]:
+    """What the completions of a pair are called in this row."""
+    return next((names for names in SIDES if names[0] in row or names[1] in row), SIDES[0])
+
+
 def sides_of(row: Row) -> tuple[Text, Text]:
-    """Chosen and rejected, both text or both messages."""
-    chosen, rejected = (text_or_messages(row, key) for key in SIDES)
+    """The completions of a pair, both text or both messages."""
+    names = side_names(row)
+    chosen, rejected = (text_or_messages(row, name) for name in names)
     if isinstance(chosen, str) != isinstance(rejected, str):
-        raise RefusedError("D04", "one of chosen and rejected is text, the other messages; write both the same way")
+        raise RefusedError("D04", f"one of {listed(names)} is text, the other messages; write both the same way")
     return chosen, rejected
 
 
@@ -97,7 +105,7 @@ def with_system(row: Row, parts: Parts) -> Parts:
 
 def _field(row: Row, key: str) -> Any:
     if row.get(key) is None:
-        raise RefusedError("D02", f"{key} is {'null' if key in row else 'missing'}; fill it in or delete the row")
+        raise RefusedError("D02", f"{key} is missing or null; fill it in or delete the row")
     return row[key]
 
 
@@ -124,7 +132,8 @@ def text_or_messages(row: Row, key: str) -> Text:
 def _message(value: Any, key: str) -> Message:
     """A message with `role` and `content` alone, from {role, content} or ShareGPT's {from, value}."""
     if not isinstance(value, Mapping):
-        raise RefusedError("D04", f"{key} holds {kind_of(value)} where a message with role and content must stand")
+        raise RefusedError("D04", f"{key} holds {kind_of(value)}; a message is an object with role and content")
+    refuse_tools(value, f"a message of {key}")
     role = value.get("role", value.get("from"))
     role = _SHAREGPT_ROLES.get(role, role) if isinstance(role, str) else role
     if role not in ROLES:
@@ -138,6 +147,15 @@ def _message(value: Any, key: str) -> Message:
     if not isinstance(content, str):
         raise RefusedError("D04", f"the content of a message of {key} is {kind_of(content)}; it must be text")
     return {"role": role, "content": content}
+
+
+def refuse_tools(fields: Row, name: str) -> None:
+    """Refuses what would have to be rendered with the messages and is not: tools, and calls of them."""
+    for key in ("tools", "tool_calls", "function_call"):
+        if (tools := fields.get(key)) and tools != "[]":
+            raise RefusedError(
+                "D27", f"{name} has {key}, which no message text holds; write them into the texts and remove {key}"
+            )
 
 
 def _part(part: Any, key: str) -> str:
@@ -212,7 +230,7 @@ def check_differ(names: Sequence[str], sides: Sequence[Text]) -> None:
 
 def is_list(value: Any) -> bool:
     """Whether a field is an array."""
-    return isinstance(value, list | tuple)
+    return isinstance(value, (list, tuple))
 
 
 def kind_of(value: Any) -> str:

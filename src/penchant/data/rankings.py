@@ -11,12 +11,12 @@ from typing import Any
 
 from penchant.data.columns import number_of
 from penchant.data.messages import RefusedError, Row, is_list, kind_of, text_or_messages
-from penchant.types import Text
+from penchant.examples import Text
 
 LISTS = ("ranked_completions", "completions", "responses", "answers", "generations")
 """Columns that may hold the completions."""
 
-SCORE_LISTS = ("scores", "ratings")
+SCORE_LISTS = ("scores", "ratings", "rating")
 RANK_LISTS = ("ranks", "rank")
 """Columns that may hold a number for each completion."""
 
@@ -77,7 +77,9 @@ def order_of(row: Row) -> tuple[list[int], tuple[float, ...] | None]:
 
 
 def _list_of(row: Row) -> tuple[str, Sequence[Any]]:
-    key = next(key for key in LISTS if is_list(row.get(key)))
+    key = next((key for key in LISTS if is_list(row.get(key))), None)
+    if key is None:
+        raise RefusedError("D14", f"there is no list of completions (looked for {', '.join(LISTS)}); add it")
     return key, row[key]
 
 

@@ -9,7 +9,7 @@ from typing import Literal
 
 from penchant.data.formats import RowProblem
 from penchant.data.messages import RefusedError
-from penchant.types import Example, Pair, Ranking, Text, Unpaired
+from penchant.examples import Example, Pair, Ranking, Text, Unpaired
 
 Unit = Literal["pair", "unpaired", "ranking"]
 """What a loss looks at: two completions, one, or an ordered list."""

@@ -5,19 +5,19 @@ from __future__ import annotations
 import hashlib
 import os
 import re
-import shutil
-import tempfile
 from collections.abc import Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import torch
 from safetensors import SafetensorError
-from torch import nn
+from torch import Tensor, nn
 
+from penchant.disk import new_folder
 from penchant.errors import UserError
 from penchant.models.logps import evaluation_mode
+from penchant.models.trust import refuse_harm, refuse_old_versions
 
 
 def load_model_and_tokenizer(name: str, device: torch.device | str = "cpu") -> tuple[nn.Module, Any]:
@@ -30,23 +30,32 @@ def load_model_and_tokenizer(name: str, device: torch.device | str = "cpu") -> t
     Raises:
         UserError: there is no such model, it is not a causal language model, or it would need code from strangers.
     """
-    try:
-        path = _local_folder(name)
-        with _without_bars() if Path(path).is_dir() else nullcontext():  # a download does want its bar
-            is_adapter = (Path(path) / "adapter_config.json").exists()
-            model, tokenizer = _merged_adapter(path) if is_adapter else (_complete_model(path), _tokenizer(path))
-    except (OSError, ValueError, KeyError, RuntimeError, ImportError, SafetensorError) as error:
-        where = "" if Path(name).expanduser().exists() else " is no local folder and"
-        raise UserError(f"model: '{name}'{where} cannot be loaded. {_first_sentence(error)}") from error
-    if tokenizer.eos_token_id is None:
-        raise UserError(f"model: the tokenizer of '{name}' has no end-of-sequence token, so no answer could end.")
-    if tokenizer.pad_token_id is None:
-        tokenizer.pad_token = tokenizer.eos_token
+    with _explained(name):
+        folder = _local_folder(name)  # with bars: this may be a download
+        with _without_bars():
+            model, tokenizer = (
+                _merged_adapter(folder) if _is_adapter(folder) else (_complete_model(folder), _tokenizer(folder))
+            )
+    _require_end(tokenizer, name)
     disable_dropout(model)
     model = model.to(device)
     if not _is_causal(model):
         raise UserError(f"model: '{name}' is no causal language model: its predictions depend on later tokens.")
     return model, tokenizer
+
+
+def load_tokenizer(name: str) -> Any:
+    """The tokenizer alone of what `load_model_and_tokenizer` loads.
+
+    Raises:
+        UserError: there is no such model, or its tokenizer has no end token.
+    """
+    with _explained(name):
+        folder = _local_folder(name)
+        of_base = _is_adapter(folder) and not _has_tokenizer(folder)
+        tokenizer = _tokenizer(_base_of(folder) if of_base else folder)
+    _require_end(tokenizer, name)
+    return tokenizer
 
 
 def disable_dropout(model: nn.Module) -> None:
@@ -73,28 +82,46 @@ def save_model(model: Any, tokenizer: Any, folder: Path) -> None:
 
     The folder appears whole or not at all.
     """
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    partial = Path(tempfile.mkdtemp(prefix=f".{folder.name}.", dir=folder.parent))
-    try:
-        with _without_bars():
-            model.save_pretrained(partial)
-        tokenizer.save_pretrained(partial)
-        for path in (partial, *partial.iterdir()):
-            path.chmod(0o755 if path.is_dir() else 0o644)  # temporary folders and files are made private
-        if folder.exists():
-            shutil.rmtree(folder)
-        partial.rename(folder)
-    finally:
-        shutil.rmtree(partial, ignore_errors=True)
+    with new_folder(folder) as unfinished:
+        write_model(model, tokenizer, unfinished)
+        for path in (unfinished, *unfinished.iterdir()):
+            path.chmod(0o755 if path.is_dir() else 0o644)  # what libraries write may be private
 
 
-def weights_sha256(model: nn.Module) -> str:
-    """Hash of all parameters by name: says which weights a run began from."""
-    digest = hashlib.sha256()
-    for name, parameter in sorted(model.named_parameters()):
-        digest.update(name.encode())
-        digest.update(parameter.detach().to("cpu", torch.float32).contiguous().numpy().tobytes())
-    return digest.hexdigest()
+def write_model(model: Any, tokenizer: Any, folder: Path, weights: dict[str, Tensor] | None = None) -> None:
+    """Writes into an existing folder what `save_model` writes; `weights` (by name) stand in for the model's own."""
+    with _without_bars():
+        # transformers empties the dictionary that it is given
+        model.save_pretrained(folder, state_dict=None if weights is None else dict(weights))
+    tokenizer.save_pretrained(folder)
+
+
+@torch.no_grad()
+def load_weights(model: nn.Module, folder: Path) -> None:
+    """Copies the weights that `write_model` wrote into the model (or adapter) in hand, to the bit.
+
+    Raises:
+        KeyError, ValueError, RuntimeError: they are those of another model.
+        UserError: the folder asks for code, as none that `write_model` wrote does.
+    """
+    refuse_harm(folder)
+    if hasattr(model, "peft_config"):
+        from peft import load_peft_weights, set_peft_model_state_dict
+
+        found = set_peft_model_state_dict(model, load_peft_weights(str(folder), device="cpu"))
+        if found.unexpected_keys:
+            raise ValueError(f"it holds {found.unexpected_keys[0]}, which the model does not have")
+        return
+    with _without_bars():
+        own_dtype = next(model.parameters()).dtype
+        saved, report = type(model).from_pretrained(  # type: ignore[attr-defined]
+            folder, dtype=own_dtype, use_safetensors=True, output_loading_info=True
+        )
+    if report["missing_keys"]:  # transformers has made them up
+        raise ValueError(f"it lacks {min(report['missing_keys'])}")
+    weights = dict(saved.named_parameters())
+    for name, parameter in model.named_parameters():
+        parameter.copy_(weights[name])
 
 
 def cache_folder() -> Path:
@@ -117,22 +144,37 @@ def _without_bars() -> Iterator[None]:
             logging.enable_progress_bar()
 
 
-def _local_folder(name: str) -> str:
-    """The folder to load `name` from, or the name itself where it can only be a hub id."""
+def _local_folder(name: str, revision: str | None = None) -> Path:
+    """The folder to load `name` from, checked; what stands on the hub is fetched first."""
     path = Path(name).expanduser()
     if path.suffix == ".gguf":
         if not path.is_file():
             raise UserError(f"model: there is no file '{name}'.")
-        return str(_converted_gguf(path))
+        return _converted_gguf(path)
     if path.is_dir():
         if not any((path / file).exists() for file in ("config.json", "adapter_config.json")):
             raise UserError(f"model: the folder '{name}' holds no config.json, so it is not a transformers model.")
-        return str(path)
-    if path.is_file():
+    elif path.is_file():
         raise UserError(f"model: '{name}' is a file; give the folder of a transformers model, or a .gguf file.")
-    if name.count("/") > 1 or name.startswith((".", "/", "~")):
+    elif name.count("/") > 1 or name.startswith((".", "/", "~")):
         raise UserError(f"model: there is no folder '{name}'.")
-    return name
+    else:
+        path = _fetched(name, revision)
+    refuse_harm(path)
+    return path
+
+
+def _fetched(hub_id: str, revision: str | None) -> Path:
+    """The folder of a model from the hub: settings, words and safetensors; neither pickles nor Python come along."""
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import LocalEntryNotFoundError
+
+    wanted = ["*.json", "*.safetensors", "*.jinja", "*.model", "*.txt", "*.tiktoken"]
+    doubled = ["*/*", "consolidated*"]  # the same weights for other programs
+    try:
+        return Path(snapshot_download(hub_id, revision=revision, allow_patterns=wanted, ignore_patterns=doubled))
+    except LocalEntryNotFoundError:
+        raise UserError(f"model: '{hub_id}' is no local folder, and the hub cannot be reached to ask there.") from None
 
 
 def _converted_gguf(path: Path) -> Path:
@@ -149,8 +191,8 @@ def _converted_gguf(path: Path) -> Path:
         import gguf  # noqa: F401  (transformers reads GGUF files through it, and says so less clearly)
     except ImportError:
         raise UserError("model: reading .gguf files needs the package gguf: pip install 'penchant[gguf]'.") from None
-    tokenizer = _tokenizer(str(path.parent), gguf_file=path.name)
-    loaded = _complete_model(str(path.parent), gguf_file=path.name, **_unpacked())
+    tokenizer = _tokenizer(path.parent, gguf_file=path.name)
+    loaded = _complete_model(path.parent, gguf_file=path.name, **_unpacked())
     # What was loaded still counts as quantized and could not be saved: its float32 weights go into a plain model.
     settings = loaded.config.to_dict()
     settings.pop("quantization_config", None)
@@ -170,12 +212,17 @@ def _unpacked() -> dict[str, Any]:
     return {} if config is None else {"quantization_config": config(dequantize=True)}
 
 
-def _complete_model(path: str, **where: Any) -> Any:
+def _complete_model(folder: Path, **where: Any) -> Any:
     """A causal model of which every weight was found: transformers alone would make up the missing ones at random."""
     from transformers import AutoModelForCausalLM
 
     model, report = AutoModelForCausalLM.from_pretrained(
-        path, dtype=torch.float32, trust_remote_code=False, output_loading_info=True, **where
+        str(folder),
+        dtype=torch.float32,
+        trust_remote_code=False,
+        use_safetensors=True,
+        output_loading_info=True,
+        **where,
     )
     if report["missing_keys"]:
         missing = sorted(report["missing_keys"])
@@ -183,22 +230,67 @@ def _complete_model(path: str, **where: Any) -> Any:
     return model
 
 
-def _tokenizer(path: str, **where: Any) -> Any:
+@contextmanager
+def _explained(name: str) -> Iterator[None]:
+    """Within it, whatever keeps a model from being loaded becomes a UserError."""
+    refuse_old_versions()
+    try:
+        yield
+    except (OSError, ValueError, TypeError, LookupError, RuntimeError, ImportError, SafetensorError) as error:
+        where = "" if Path(name).expanduser().exists() else " is no local folder and"
+        raise UserError(f"model: '{name}'{where} cannot be loaded. {_reason(error)}") from error
+
+
+def _require_end(tokenizer: Any, name: str) -> None:
+    if tokenizer.eos_token_id is None:
+        raise UserError(f"model: the tokenizer of '{name}' has no end-of-sequence token, so no answer could end.")
+    if tokenizer.pad_token_id is None:
+        tokenizer.pad_token = tokenizer.eos_token
+
+
+def _is_adapter(folder: Path) -> bool:
+    return (folder / "adapter_config.json").exists()
+
+
+def _has_tokenizer(folder: Path) -> bool:
+    return (folder / "tokenizer_config.json").exists()
+
+
+def _tokenizer(folder: Path, **where: Any) -> Any:
     from transformers import AutoTokenizer
 
-    return AutoTokenizer.from_pretrained(path, trust_remote_code=False, **where)
+    return AutoTokenizer.from_pretrained(str(folder), trust_remote_code=False, **where)
 
 
-def _merged_adapter(folder: str) -> tuple[nn.Module, Any]:
-    """The base model that a peft adapter names, with the adapter folded into its weights, and its tokenizer."""
-    from peft import AutoPeftModelForCausalLM
+def _merged_adapter(folder: Path) -> tuple[nn.Module, Any]:
+    """The base model that a peft adapter names, with the adapter folded into its weights, and its tokenizer.
 
-    model = AutoPeftModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
-    config = model.peft_config["default"]
-    if config.is_prompt_learning:
+    The base comes in by the same door as any other model; peft's own way would import what the adapter asks for.
+    """
+    from peft import PeftModel
+
+    base_folder = _base_of(folder)
+    tokenizer = _tokenizer(folder if _has_tokenizer(folder) else base_folder)
+    base = _complete_model(base_folder)
+    if len(tokenizer) > base.get_input_embeddings().num_embeddings:  # the adapter brings new words
+        base.resize_token_embeddings(len(tokenizer))
+    merged = PeftModel.from_pretrained(base, str(folder)).merge_and_unload()
+    return merged.requires_grad_(True), tokenizer  # peft has frozen the base, which is what will be trained
+
+
+def _base_of(adapter: Path) -> Path:
+    """The folder of the base model that a peft adapter names."""
+    from peft import PeftConfig, PeftType
+
+    config = PeftConfig.from_pretrained(str(adapter))
+    if config.is_prompt_learning or config.peft_type == PeftType.XLORA:
         raise ValueError(f"An adapter of type {config.peft_type.value} cannot be merged into its base model.")
-    has_tokenizer = (Path(folder) / "tokenizer_config.json").exists()
-    return model.merge_and_unload(), _tokenizer(folder if has_tokenizer else config.base_model_name_or_path)
+    if not config.base_model_name_or_path:
+        raise ValueError("Its adapter_config.json names no base model.")
+    folder = _local_folder(config.base_model_name_or_path, config.revision)
+    if _is_adapter(folder):
+        raise ValueError(f"Its base '{folder}' is an adapter, too; merge that one first.")
+    return folder
 
 
 @torch.no_grad()
@@ -214,5 +306,8 @@ def _is_dropout(name: str, value: Any) -> bool:
     return ("drop" in name or "jitter" in name) and isinstance(value, float)
 
 
-def _first_sentence(error: Exception) -> str:
+def _reason(error: Exception) -> str:
+    """The first sentence of an error from below, or ours where theirs advises to run code from strangers."""
+    if "trust_remote_code" in str(error):
+        return "It needs Python code that comes with it, and Penchant runs no code from strangers."
     return re.split(r"(?<=[.!?]) ", " ".join(str(error).split()))[0][:300]

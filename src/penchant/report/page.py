@@ -80,6 +80,7 @@ def _render(run: RunRecord) -> str:
 
 
 _SPLITS = {"train": "Training", "eval": "Held-out"}
+_SEVERITIES = ("info", "warn", "major", "stop")
 
 
 def _key_figures(run: RunRecord) -> list[tuple[str, str, str]]:
@@ -234,6 +235,7 @@ def _data_part(found: Mapping[str, Any], title: str) -> dict[str, Any] | None:
         "families": counts(found.get("families")),
         "dropped": counts(found.get("dropped")),
         "examples": [clip(example, 500) for example in examples[:MAX_ITEMS]] if isinstance(examples, list) else [],
+        "checks": _checks(found.get("checks")),
         "lengths": [
             (
                 clip(which, 100),
@@ -242,6 +244,19 @@ def _data_part(found: Mapping[str, Any], title: str) -> dict[str, Any] | None:
             for which in list(lengths)[:MAX_ITEMS]
         ],
     }
+
+
+def _checks(found: Any) -> list[dict[str, Any]]:
+    """What the data doctor said, in its order."""
+    checks = [as_mapping(check) for check in found[:MAX_ITEMS]] if isinstance(found, list) else []
+    return [
+        {
+            "severity": check.get("severity") if check.get("severity") in _SEVERITIES else "info",
+            **{key: clip(check.get(key), 2000) for key in ("code", "name", "message", "fix")},
+            "rows": [clip(row, 300) for row in check["rows"]] if isinstance(check.get("rows"), list) else [],
+        }
+        for check in checks
+    ]
 
 
 def counts(found: Any) -> list[tuple[str, str]]:
@@ -260,7 +275,7 @@ def _events(events: Sequence[Mapping[str, Any]]) -> list[Mapping[str, Any]]:
     return [
         {
             "step": number(finite(event.get("step"))),
-            "severity": event.get("severity") if event.get("severity") in (*rank, "info") else "info",
+            "severity": event.get("severity") if event.get("severity") in _SEVERITIES else "info",
             "code": clip(event.get("code"), 100),
             "message": clip(event.get("message"), 2000),
         }

@@ -7,10 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import yaml
-
 from penchant.config import parse_value
-from penchant.errors import UserError
 from penchant.report import verdict
 from penchant.report.figures import Number, duration, number, percent, size
 from penchant.report.intervals import span
@@ -116,10 +113,7 @@ def read_row(path: Path, name: str) -> Row:
         UserError: there is no such directory, or its run file is not YAML.
     """
     run = read_run(path)
-    try:
-        file = as_mapping(parse_value(run.run_file))
-    except (yaml.YAMLError, RecursionError, ValueError) as error:
-        raise UserError(f"{path / 'run.yaml'}: is not YAML: {' '.join(str(error).split())}") from None
+    file = as_mapping(parse_value(run.run_file, str(path / "run.yaml")))
     method = clean(str(run.summary.get("method") or file.get("method") or "")) or None
     loss = safe(as_mapping(run.summary.get("loss")) or as_mapping(file.get("loss")))
     train, reference = run.part("train"), run.summary.get("reference")

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import heapq
 import json
-import os
 import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from penchant.disk import write_text
 from penchant.errors import UserError
 from penchant.report.figures import Number
 from penchant.report.series import Series, finite
@@ -111,12 +111,7 @@ def read_run(run_dir: Path) -> RunRecord:
 
 def write_whole(path: Path, text: str) -> Path:
     """Puts the text at `path` in one move: a reader sees the old file or the new one, never a part."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        temporary.write_text(text, encoding="utf-8", errors="replace", newline="\n")
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
+    write_text(path, text)
     return path
 
 

@@ -6,6 +6,7 @@ Names are those that other tools log, so that curves can be laid over each other
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping, Sequence
 
 import torch
 from jaxtyping import Float
@@ -34,6 +35,24 @@ class Means:
         """The means so far; None where one is not finite (JSON knows no nan)."""
         means = {name: self._sums[name] / self._weights[name] for name in self._sums if self._weights[name]}
         return {name: mean if math.isfinite(mean) else None for name, mean in means.items()}
+
+    def include(self, other: Means) -> None:
+        """Takes in what another one has seen."""
+        for name in other._sums:
+            self._sums[name] = self._sums.get(name, 0.0) + other._sums[name]
+            self._weights[name] = self._weights.get(name, 0.0) + other._weights[name]
+
+    def to_json(self) -> dict[str, list[str]]:
+        """All that was seen, to the bit: sum and weight of each name, as hexadecimal floats."""
+        return {name: [self._sums[name].hex(), self._weights[name].hex()] for name in self._sums}
+
+    @classmethod
+    def from_json(cls, seen: Mapping[str, Sequence[str]]) -> Means:
+        """The inverse of `to_json`."""
+        means = cls()
+        for name, (total, weight) in seen.items():
+            means._sums[name], means._weights[name] = float.fromhex(total), float.fromhex(weight)
+        return means
 
 
 @torch.no_grad()

@@ -10,6 +10,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
+from penchant import stopping
 from penchant.data.chat import encode
 from penchant.layouts import padded
 from penchant.models.load import load_model_and_tokenizer
@@ -104,6 +105,7 @@ class Policy:
                 **sampling,
                 repetition_penalty=1.0,
                 max_new_tokens=max_new_tokens,
+                stopping_criteria=[_can_be_stopped],
                 eos_token_id=sorted({self.tokenizer.eos_token_id, *(answer[-1] for _, (answer,) in encoded)}),
                 pad_token_id=self.tokenizer.pad_token_id,
             )
@@ -114,3 +116,9 @@ class Policy:
         if self.precision == "bf16":
             return torch.autocast(self.device.type, dtype=torch.bfloat16)
         return nullcontext()
+
+
+def _can_be_stopped(ids: Tensor, scores: Any, **more: Any) -> Tensor:
+    """Asked by transformers after every token: nothing ends here, but whoever asked for a stop need not wait."""
+    stopping.check()
+    return torch.zeros(len(ids), dtype=torch.bool, device=ids.device)

@@ -12,15 +12,18 @@ import numpy as np
 
 from penchant.config import RunConfig
 from penchant.data.chat import TOKEN_CHECKS, TokenizedData, tokenize_examples
+from penchant.data.filters import FILTER_CHECKS, filter_by_margin
+from penchant.data.findings import PROBLEMS, SOUND, Finding
 from penchant.data.formats import CHECKS, ExampleData, RowProblem, examples_from_rows, read_examples
 from penchant.data.units import UNIT_CHECKS, Unit, as_unit
 from penchant.errors import UserError
 from penchant.losses import Loss
+from penchant.training.checks import DROP_REASONS, examine
 from penchant.training.logger import RunLog
 from penchant.types import Example, Pair, Ranking, Text, TokenizedExample, Unpaired
 
-_SOUND = {"T01", "T04", "T05", "U01", "U02"}
-"""Codes of rows that are sound and only do not fit: they do not count against max_bad_rows."""
+_REASONS = CHECKS | TOKEN_CHECKS | UNIT_CHECKS | FILTER_CHECKS | DROP_REASONS
+"""Code -> why a row was left out, in a few words."""
 
 COLUMNS = {"margins": "margin", "win_probabilities": "win_probabilities"}
 """What a loss may need of the data beyond the texts -> where a pair has it."""
@@ -37,18 +40,18 @@ class Datasets:
     findings: dict[str, Any]
 
 
-def read_data(data: Rows, name: str) -> ExampleData:
-    """The examples of a file, or of rows in memory."""
-    return read_examples(data) if isinstance(data, str) else examples_from_rows(data, name)
+def read_data(data: Rows, name: str, family: str | None = None) -> ExampleData:
+    """The examples of a file, or of rows in memory, of one row family or of whatever is recognised."""
+    return read_examples(data, family) if isinstance(data, str) else examples_from_rows(data, name, family)
 
 
-def refuse_bad_rows(data: ExampleData, limit: float) -> None:
-    """Stops where more than `limit` of the rows cannot be used.
+def refuse_bad_rows(config: RunConfig, data: ExampleData) -> None:
+    """Stops where more rows than max_bad_rows allows cannot be used; those that `drop` names do not count.
 
     Raises:
         UserError: naming the first bad rows.
     """
-    _refuse(data.problems, data.num_rows, limit)
+    _refuse(config, data.problems, data.num_rows)
     if not data.examples:
         raise UserError("data: no usable row is left.\n" + _examples(data.problems))
 
@@ -75,15 +78,25 @@ def any_of(examples: Sequence[Example], kind: type) -> bool:
 def fit_to_loss(config: RunConfig, loss: Loss, data: ExampleData, is_heldout: bool) -> ExampleData:
     """The examples in the unit that the loss takes; those that cannot be are among the problems.
 
-    Held-out pairs stay pairs for a loss over single completions too: they tell more.
+    Held-out pairs stay pairs for a loss over single completions too: they tell more. Training pairs are filtered and
+    weighed by their margin, where the run asks for it; held-out ones stay as they are, so that runs can be compared.
 
     Raises:
-        UserError: the loss needs a column that a row does not have.
+        UserError: the loss, or the run, needs a column that a row does not have.
     """
     unit = unit_for(loss, data.examples)
     if is_heldout and unit == "unpaired" and not any_of(data.examples, Unpaired):
         unit = "pair"
-    examples, problems = as_unit(data.examples, unit, config.pairs_from_rankings)
+    examples, problems = data.examples, list(data.problems)
+    goes_by_margin = not is_heldout and (config.min_margin is not None or config.weigh_by_margin)
+    if goes_by_margin and unit != "pair":  # only pairs have margins: what they become later has none
+        examples, unsure = filter_by_margin(examples, config.min_margin, config.weigh_by_margin)
+        problems += unsure
+    examples, misfits = as_unit(examples, unit, config.pairs_from_rankings)
+    problems += misfits
+    if goes_by_margin and unit == "pair":
+        examples, unsure = filter_by_margin(examples, config.min_margin, config.weigh_by_margin)
+        problems += unsure
     if "labels" in loss.needs:
         problems += [_unlabelled(example) for example in examples if _lacks_label(example)]
         examples = [example for example in examples if not _lacks_label(example)]
@@ -91,7 +104,7 @@ def fit_to_loss(config: RunConfig, loss: Loss, data: ExampleData, is_heldout: bo
         lacking = [example.source for example in examples if getattr(example, column, None) is None]
         if need in loss.needs and lacking:
             raise UserError(f"data: the loss '{loss.name}' needs {column} for every pair; {lacking[0]} has none.")
-    return ExampleData(examples, [*data.problems, *problems], data.families, data.num_rows)
+    return ExampleData(examples, problems, data.families, data.num_rows)
 
 
 def refuse_idle_data_options(config: RunConfig, loss: Loss, examples: Sequence[Example]) -> None:
@@ -106,12 +119,12 @@ def refuse_idle_data_options(config: RunConfig, loss: Loss, examples: Sequence[E
 
 
 def tokenize_datasets(
-    config: RunConfig, train: ExampleData, heldout: ExampleData, tokenizer: Any, log: RunLog
+    config: RunConfig, loss: Loss, train: ExampleData, heldout: ExampleData, tokenizer: Any, log: RunLog
 ) -> Datasets:
-    """Tokenised training and held-out examples.
+    """Tokenised training and held-out examples, examined by the data doctor; those that `drop` names are left out.
 
     Raises:
-        UserError: too many rows cannot be used, or none is left.
+        UserError: too many rows cannot be used, none is left, or the doctor advises against the run.
     """
     tokenized = []
     first_index = 0
@@ -123,16 +136,20 @@ def tokenize_datasets(
                 )
             )
         first_index += len(data.examples)
-        problems = [*data.problems, *tokenized[-1].problems]
-        _refuse([problem for problem in problems if problem.code not in _SOUND], data.num_rows, config.max_bad_rows)
+        _refuse(config, [*data.problems, *tokenized[-1].problems], data.num_rows)
+    checks = examine(config, loss, (train, heldout), (tokenized[0], tokenized[1]), tokenizer)
     if not tokenized[0].examples:
         raise UserError("data: no row is left to train on.\n" + _examples([*train.problems, *tokenized[0].problems]))
     if config.eval_data and not tokenized[1].examples:
         problems = [*heldout.problems, *tokenized[1].problems]
         raise UserError("eval_data: no row is left to hold against.\n" + _examples(problems))
     findings = {
-        "train": _findings(config.data, train, tokenized[0]),
-        "eval": _findings(config.eval_data or config.data, heldout, tokenized[1]) if tokenized[1].examples else None,
+        "train": _findings(config.data, train, tokenized[0], checks[0]),
+        "eval": (
+            _findings(config.eval_data or config.data, heldout, tokenized[1], checks[1])
+            if tokenized[1].examples
+            else None
+        ),
     }
     return Datasets(tokenized[0], tokenized[1], findings)
 
@@ -194,9 +211,8 @@ def _split_by_prompt(data: ExampleData, size: float, seed: int) -> tuple[Example
     return ExampleData(train, data.problems, data.families, rest), ExampleData(heldout, [], data.families)
 
 
-def _findings(path: Any, data: ExampleData, tokenized: TokenizedData) -> dict[str, Any]:
+def _findings(path: Any, data: ExampleData, tokenized: TokenizedData, checks: list[Finding]) -> dict[str, Any]:
     problems = [*data.problems, *tokenized.problems]
-    reasons = CHECKS | TOKEN_CHECKS | UNIT_CHECKS
     examples = tokenized.examples
     kinds = {Pair: "pair", Unpaired: "completion", Ranking: "ranking"}
     unit = kinds[type(next(iter(tokenized.texts.values())))] if examples else "pair"
@@ -220,8 +236,9 @@ def _findings(path: Any, data: ExampleData, tokenized: TokenizedData) -> dict[st
         "families": dict(data.families),
         "used": len(examples),
         "truncated": tokenized.num_truncated,
-        "dropped": dict(Counter(f"{problem.code}: {reasons[problem.code]}" for problem in problems)),
+        "dropped": dict(Counter(f"{problem.code}: {_REASONS[problem.code]}" for problem in problems)),
         "examples": [str(problem) for problem in problems[:20]],
+        "checks": [found.as_dict() for found in checks],
         "lengths": {
             name: {"mean": float(np.mean(values)), "median": float(np.median(values)), "max": int(np.max(values))}
             for name, values in lengths.items()
@@ -235,11 +252,13 @@ def _findings(path: Any, data: ExampleData, tokenized: TokenizedData) -> dict[st
     }
 
 
-def _refuse(problems: list[RowProblem], num_rows: int, limit: float) -> None:
-    if len(problems) > limit * num_rows:
+def _refuse(config: RunConfig, problems: list[RowProblem], num_rows: int) -> None:
+    accepted = {*SOUND, *FILTER_CHECKS, *(PROBLEMS.get(name, "") for name in config.drop)}
+    bad = [problem for problem in problems if problem.code not in accepted]
+    if len(bad) > config.max_bad_rows * num_rows:
         raise UserError(
-            f"data: {len(problems)} of {num_rows} rows cannot be used, more than max_bad_rows {limit:g} allows. "
-            f"Mend them, or set max_bad_rows to leave them out.\n{_examples(problems)}"
+            f"data: {len(bad)} of {num_rows} rows cannot be used, more than max_bad_rows {config.max_bad_rows:g} "
+            f"allows. Mend them, or set max_bad_rows to leave them out.\n{_examples(bad)}"
         )
 
 

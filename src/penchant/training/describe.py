@@ -10,12 +10,14 @@ from torch import nn
 
 from penchant.models.logps import builds_full_logits
 from penchant.training import hardware
+from penchant.training.checks import tell
 from penchant.training.datasets import COLUMNS
 from penchant.training.estimate import Estimate, estimate_run, measure
 from penchant.training.logger import RunLog, count, duration
+from penchant.training.optim import trainable_parameters
 from penchant.training.schedule import eval_interval
 from penchant.training.setup import Setup
-from penchant.training.step import trainable_parameters
+from penchant.training.state import expected_checkpoint_bytes
 
 
 def describe(setup: Setup, log: RunLog) -> None:
@@ -31,6 +33,7 @@ def describe(setup: Setup, log: RunLog) -> None:
             log.say("", f"the rows carry {words}, which {setup.loss.name} does not read ({reader} does)")
     nothing = "nothing: nobody will see whether what is learned carries over (eval_data, eval_size)"
     log.say("held out", _data_sentence(findings["eval"]) if findings["eval"] else nothing)
+    tell(findings, log)
     trainable, total = num_parameters(policy.model)
     trained = "all trained" if trainable == total else f"{trainable / 1e6:.2f}M trained (LoRA rank {config.lora.rank})"
     arithmetic = f"{policy.precision} on {policy.device}"
@@ -44,7 +47,9 @@ def describe(setup: Setup, log: RunLog) -> None:
     log.say(
         "plan",
         f"{count(setup.steps, 'step')} of {count(examples, unit)} at learning rate {config.peak_learning_rate():g}; "
-        f"about {duration(cost.seconds)} and {cost.memory_bytes / 2**30:.1f} GiB expected",
+        f"about {duration(cost.seconds)} and {cost.memory_bytes / 2**30:.1f} GiB expected; a checkpoint of "
+        f"{expected_checkpoint_bytes(policy, config) / 1e9:.2g} GB every "
+        + (count(config.save_steps, "step") if config.save_steps else f"{config.save_minutes:g} min"),
     )
 
 

@@ -10,7 +10,7 @@ import torch
 from penchant.scoring.layout import Layout
 from penchant.scoring.policy import Policy
 from penchant.training.hardware import peak_memory_bytes
-from penchant.training.step import trainable_parameters
+from penchant.training.optim import trainable_parameters
 from penchant.types import Batch, TokenizedExample
 
 

@@ -14,6 +14,7 @@ from penchant.errors import UserError
 from penchant.scoring.policy import Precision
 
 _STATUS, _CLEAR_REFS = Path("/proc/self/status"), Path("/proc/self/clear_refs")
+_MEMINFO = Path("/proc/meminfo")
 
 
 def resolve_device(name: str) -> torch.device:
@@ -71,3 +72,18 @@ def forget_peak_memory() -> None:
         torch.cuda.reset_peak_memory_stats()
     if os.access(_CLEAR_REFS, os.W_OK):
         _CLEAR_REFS.write_text("5")  # see proc(5): resets the peak resident set
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether this is the device's or the host's way to say that memory is exhausted."""
+    return isinstance(error, torch.OutOfMemoryError) or (
+        isinstance(error, RuntimeError) and "can't allocate memory" in str(error)
+    )
+
+
+def available_memory_bytes() -> int:
+    """Host memory that programs could still take without swapping; 0 where the system does not say."""
+    if not _MEMINFO.exists():
+        return 0
+    (kibibytes,) = re.findall(r"^MemAvailable:\s+(\d+) kB$", _MEMINFO.read_text(), re.MULTILINE)
+    return int(kibibytes) * 1024

@@ -6,24 +6,23 @@ import math
 from pathlib import Path
 from typing import Any
 
-from penchant.evaluate.heldout import evaluate
+from penchant.disk import write_json_lines
+from penchant.evaluate.heldout import Evaluation, evaluate
 from penchant.scoring.reference import Reference
 from penchant.training.datasets import plain_text
-from penchant.training.loop import Fit
-from penchant.training.rundir import write_json_lines
 from penchant.training.setup import Setup
 from penchant.types import Example, TokenizedExample
 
 _MOST_TRAINING_EXAMPLES = 256
 
 
-def write_judgements(setup: Setup, reference: Reference | None, done: Fit, run_dir: Path) -> None:
+def write_judgements(setup: Setup, reference: Reference | None, evaluation: Evaluation | None, run_dir: Path) -> None:
     """Keeps the rewards after training: of the held-out examples or, without any, of some training examples.
 
     Pairs, and of rankings the best and the worst, go to pairs.jsonl; single completions to completions.jsonl.
     """
-    if done.evaluations:
-        split, data, rewards = "eval", setup.datasets.heldout, done.evaluations[-1].rewards
+    if evaluation is not None:
+        split, data, rewards = "eval", setup.datasets.heldout, evaluation.rewards
     else:
         split, data = "train", setup.datasets.train
         examples, mismatched = setup.visited()

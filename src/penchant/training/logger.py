@@ -12,7 +12,8 @@ from rich.console import Console
 from rich.markup import escape
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
-from penchant.training.rundir import append_json_line
+from penchant import stopping
+from penchant.disk import append_json_line
 
 _SECONDS_BETWEEN_PLAIN_LINES = 5.0
 
@@ -97,9 +98,14 @@ class Meter:
         self._done = 0
 
     def advance(self, units: int, info: str = "") -> None:
-        """So many more units are done; `info` stands beside the bar."""
+        """So many more units are done; `info` stands beside the bar. Long work can be stopped here.
+
+        Raises:
+            StopRequested: somebody asked for it.
+        """
         self._done += units
         self._show(self._done, info)
+        stopping.check()
 
 
 def duration(seconds: float) -> str:

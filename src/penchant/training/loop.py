@@ -2,198 +2,281 @@
 
 from __future__ import annotations
 
-import shutil
-import signal
-import threading
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
-from dataclasses import dataclass, field
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
-
-import torch
+from typing import Any
 
 from penchant.data.loader import Draw
-from penchant.errors import UserError
+from penchant.disk import sync
 from penchant.evaluate.heldout import Evaluation, evaluate
-from penchant.models.load import save_model
 from penchant.scoring.metrics import Means
-from penchant.scoring.policy import Policy
 from penchant.scoring.reference import Reference
+from penchant.training import hardware
+from penchant.training.checkpoint import Checkpoint, Writer, rotate, write_checkpoint
 from penchant.training.logger import RunLog, one_line
 from penchant.training.optim import make_optimizer, set_rate
 from penchant.training.schedule import eval_interval, learning_rate_at
 from penchant.training.setup import Setup
-from penchant.training.step import train_step
+from penchant.training.state import expected_checkpoint_bytes, load_state, take_snapshot
+from penchant.training.step import StepOutcome, train_step
+from penchant.training.trouble import Spikes, in_smaller_pieces, report_bad_step
 
-_KEPT_CHECKPOINTS = 2
-_MOST_BAD_STEPS_IN_A_ROW = 3
+CHECKPOINTS = "checkpoints"
+"""Where they are in a run directory."""
 
-
-@dataclass
-class Stop:
-    """Whether somebody asked the run to stop (Ctrl-C, SIGTERM)."""
-
-    requested: bool = False
+_SHARE_OF_FREE_MEMORY = 0.25
 
 
 @dataclass
-class Fit:
-    """What the loop did."""
+class Progress:
+    """How far a run is: what a checkpoint says of it in numbers."""
 
-    steps: int = 0
+    step: int = 0
     examples_seen: int = 0
     tokens_seen: int = 0
     train_s: float = 0.0
-    interrupted: bool = False
-    evaluations: list[Evaluation] = field(default_factory=list)
+    """Seconds within steps."""
+    time_s: float = 0.0
+    """Seconds since the beginning, over all attempts, as of the last checkpoint."""
+    evaluated_at: int = -1
+    """The last step behind which the held-out examples were looked at."""
+    bad_steps: int = 0
+    """Steps in a row, up to the last, that were not finite."""
+    best_step: int | None = None
+    best_loss: float | None = None
+    """Where the held-out loss was lowest, and what it was."""
 
 
-def fit(setup: Setup, reference: Reference | None, log: RunLog, run_dir: Path, keep: Callable[..., None]) -> Fit:
-    """Trains the policy in place and evaluates it before, meanwhile and after.
-
-    `keep(steps=..., examples_seen=...)` is called whenever metrics are written.
-
-    Raises:
-        UserError: three steps in a row were not finite, or a microbatch does not fit into memory.
-    """
-    config, policy = setup.config, setup.policy
-    total, heldout = setup.steps, setup.datasets.heldout.examples
-    optimizer = make_optimizer(policy.model, config)
-    done = Fit()
-    started = time.monotonic()
-
-    def record(values: dict[str, float | None]) -> None:
-        stamp = {"step": done.steps, "epoch": round(done.steps / setup.steps_per_epoch, 4)}
-        log.metrics({**stamp, "time_s": round(time.monotonic() - started, 3), **values})
-
-    def look_at_heldout() -> None:
-        if not heldout:
-            return
-        with log.progress("held out", len(heldout)) as meter:
-            batches = setup.batches_to_score(heldout)
-            kl_batches = setup.batches_to_score(setup.heldout_mismatched)
-            evaluation = evaluate(policy, reference, setup.loss, batches, meter.advance, kl_batches)
-        done.evaluations.append(evaluation)
-        record({f"eval_{name}": value for name, value in evaluation.metrics.items()})
-        log.say("held out", f"step {done.steps}: {one_line(evaluation.metrics)}")
-
-    look_at_heldout()
-    policy.model.train()
-    window, bad_steps = _Window(), 0
-    with _stop_on_signals() as stop, log.progress("training", total, stays=True) as meter:
-        for draw in setup.draws():
-            step_started = time.monotonic()
-            rate = learning_rate_at(done.steps + 1, total, config)
-            set_rate(optimizer, rate)
-            is_finite = _guarded_step(setup, reference, draw, optimizer, window.means)
-            done.steps += 1
-            done.examples_seen += len(draw.examples)
-            window.add(sum(example.num_scored_tokens for example in draw.examples), time.monotonic() - step_started)
-
-            bad_steps = 0 if is_finite else bad_steps + 1
-            if bad_steps:
-                _report_bad_step(log, done.steps, bad_steps)
-
-            is_last = done.steps == total or stop.requested
-            info = ""
-            if done.steps % config.logging_steps == 0 or is_last:
-                values = window.values() | {"learning_rate": rate}
-                record(values)
-                info = one_line(values)
-                done.tokens_seen += window.tokens
-                done.train_s += window.seconds
-                keep(steps=done.steps, examples_seen=done.examples_seen)
-                window = _Window()
-            meter.advance(1, info)
-            if is_last:
-                break
-            if config.save_steps and done.steps % config.save_steps == 0:
-                save_checkpoint(policy, run_dir, done.steps)
-            if done.steps % eval_interval(config, total) == 0:
-                look_at_heldout()
-    policy.model.eval()
-    done.interrupted = done.steps < total
-    if done.interrupted:
-        folder = save_checkpoint(policy, run_dir, done.steps)
-        message = f"stopped at step {done.steps} of {total}; the weights are in {folder}"
-        log.event("warn", "interrupted", message, done.steps)
-    else:
-        look_at_heldout()
-    return done
-
-
-class _Window:
+@dataclass
+class Window:
     """What is averaged into one line of metrics."""
 
-    def __init__(self) -> None:
-        self.means = Means()
-        self.tokens = 0
-        self.seconds = 0.0
-
-    def add(self, tokens: int, seconds: float) -> None:
-        self.tokens += tokens
-        self.seconds += seconds
+    means: Means = field(default_factory=Means)
+    tokens: int = 0
+    seconds: float = 0.0
 
     def values(self) -> dict[str, float | None]:
+        """The averages, and the speed."""
         return self.means.means() | {"tokens_per_s": round(self.tokens / self.seconds, 1)}
 
 
-def save_checkpoint(policy: Policy, run_dir: Path, step: int) -> Path:
-    """Saves the weights as they are at `step` and lets the oldest checkpoints go."""
-    folder = run_dir / "checkpoints" / f"step-{step}"
-    save_model(policy.model, policy.tokenizer, folder)
-    steps = sorted(int(path.name.removeprefix("step-")) for path in folder.parent.glob("step-*"))
-    for old in steps[:-_KEPT_CHECKPOINTS]:
-        shutil.rmtree(folder.parent / f"step-{old}")
-    return folder
+class Training:
+    """A run between its first and its last step; `run` goes on from wherever it is.
 
+    `keep(steps=..., examples_seen=...)` is called whenever metrics are written. `extras` are kept in every checkpoint.
+    """
 
-def _guarded_step(
-    setup: Setup, reference: Reference | None, draw: Draw, optimizer: torch.optim.Optimizer, means: Means
-) -> bool:
-    parts, kl_parts = setup.batches(draw.examples), setup.batches_to_score(draw.mismatched)
-    try:
-        max_grad_norm = setup.config.max_grad_norm
-        return train_step(setup.policy, reference, setup.loss, parts, optimizer, max_grad_norm, means, kl_parts)
-    except torch.OutOfMemoryError:
-        largest = max(part.model_inputs["input_ids"].numel() for part in parts)
-        raise UserError(
-            f"memory: a microbatch of {largest} tokens does not fit; lower microbatch_tokens (this changes no result), "
-            "lower max_length, or train with lora.rank."
-        ) from None
+    def __init__(
+        self,
+        setup: Setup,
+        reference: Reference | None,
+        log: RunLog,
+        run_dir: Path,
+        keep: Callable[..., None],
+        extras: dict[str, Any],
+    ) -> None:
+        self.setup, self.reference, self.log, self.run_dir = setup, reference, log, run_dir
+        self.keep, self.extras = keep, extras
+        self.optimizer = make_optimizer(setup.policy.model, setup.config)
+        self.progress, self.window, self.spikes = Progress(), Window(), Spikes()
+        self.last_evaluation: Evaluation | None = None
+        self.total = setup.steps
+        self._writer = Writer()
+        self._saved_step = -1
+        self._saved_at = self._started = time.monotonic()
 
+    def resume(self, checkpoint: Checkpoint) -> None:
+        """Takes everything up where the checkpoint left it."""
+        facts = load_state(checkpoint, self.setup.policy, self.optimizer)
+        self.progress = Progress(**facts["progress"])
+        window = facts["window"]
+        self.window = Window(Means.from_json(window["means"]), window["tokens"], window["seconds"])
+        self.spikes = Spikes.from_json(facts["spikes"])
+        self.setup.max_tokens = min(self.setup.max_tokens, facts["max_tokens"])
+        if self.progress.step >= self.total:
+            self.progress.evaluated_at = -1  # what comes after the last step needs the rewards that it gave
+        self._saved_step = checkpoint.step
+        self._started = time.monotonic() - self.progress.time_s
+        self.keep(steps=self.progress.step, examples_seen=self.progress.examples_seen)
 
-def _report_bad_step(log: RunLog, step: int, in_a_row: int) -> None:
-    message = (
-        f"step {step}: the loss or its gradient is not finite; the step was skipped and the weights are unharmed "
-        f"({in_a_row} in a row; training stops at {_MOST_BAD_STEPS_IN_A_ROW})"
-    )
-    log.event("major", "non-finite", message, step)
-    if in_a_row == _MOST_BAD_STEPS_IN_A_ROW:
-        raise UserError(
-            f"training: {in_a_row} steps in a row had a loss or gradient that is not finite; stopped, the weights are "
-            "as they were. Usual causes: a learning rate that is far too high, weights that already hold nan, or bf16 "
-            "on a model made for float32."
+    @property
+    def elapsed_s(self) -> float:
+        """Seconds since the beginning, over all attempts."""
+        return time.monotonic() - self._started
+
+    def run(self) -> None:
+        """Trains the policy in place and evaluates it before, meanwhile and after.
+
+        Raises:
+            StopRequested: somebody asked for it; the state is that at the end of a step.
+            UserError: three steps in a row were not finite, or a single example does not fit into memory.
+        """
+        progress, model = self.progress, self.setup.policy.model
+        with self.log.progress("training", self.total, stays=True) as meter:
+            meter.advance(progress.step)
+            draws = self.setup.draws(progress.step)
+            while True:
+                self._evaluate_if_due()
+                if progress.step >= self.total:
+                    break
+                self._save_if_due()
+                model.train()
+                info = self._step(next(draws))
+                meter.advance(1, info)
+        model.eval()
+        self.finish_writing()
+
+    def save(self, in_background: bool = False) -> None:
+        """Writes a checkpoint of the state as it stands, unless there is one already.
+
+        A disk that is full or fails is told and ends nothing.
+        """
+        self.finish_writing()
+        if self._saved_step == self.progress.step:
+            return
+        policy, config, progress = self.setup.policy, self.setup.config, self.progress
+        progress.time_s = round(self.elapsed_s, 3)
+        window = {"means": self.window.means.to_json(), "tokens": self.window.tokens, "seconds": self.window.seconds}
+        facts = {
+            "progress": asdict(progress),
+            "window": window,
+            "spikes": self.spikes.to_json(),
+            "max_tokens": self.setup.max_tokens,
+            **self.extras,
+        }
+        for log in ("metrics.jsonl", "events.jsonl"):
+            if (self.run_dir / log).exists():
+                sync(self.run_dir / log)  # a loss of power must not leave the log behind the checkpoint
+        snapshot = take_snapshot(policy, self.optimizer, facts, copy=in_background)
+        step, best, folder = progress.step, progress.best_step if config.save_best else None, self.run_dir / CHECKPOINTS
+
+        def write() -> None:
+            write_checkpoint(folder, step, {"versions": self.extras.get("versions", {})}, snapshot.write)
+            rotate(folder, config.keep_checkpoints, best)
+
+        self._saved_step, self._saved_at = step, time.monotonic()
+        try:
+            self._writer.start(write, in_background)
+        except OSError as error:
+            self._report_failed_save(error)
+
+    def forget_insurance(self) -> None:
+        """After a finished run: lets the checkpoints go that were only there to resume from."""
+        config = self.setup.config
+        keep = config.keep_checkpoints if config.save_steps else 0
+        rotate(self.run_dir / CHECKPOINTS, keep, self.progress.best_step if config.save_best else None)
+
+    def _step(self, draw: Draw) -> str:
+        """Takes one step; what to show beside the progress bar."""
+        setup, progress, config, step = self.setup, self.progress, self.setup.config, self.progress.step + 1
+        started = time.monotonic()
+        rate = learning_rate_at(step, self.total, config)
+        set_rate(self.optimizer, rate)
+        spike: str | None = None
+
+        def accepts(loss: float, grad_norm: float) -> bool:
+            nonlocal spike
+            spike = self.spikes.look(loss, grad_norm)
+            return spike is None or not config.skip_spikes
+
+        def attempt() -> tuple[StepOutcome, Means]:
+            means = Means()
+            parts, kl_parts = setup.batches(draw.examples), setup.batches_to_score(draw.mismatched)
+            outcome = train_step(
+                setup.policy,
+                self.reference,
+                setup.loss,
+                parts,
+                self.optimizer,
+                config.max_grad_norm,
+                means,
+                kl_parts,
+                accepts,
+            )
+            return outcome, means
+
+        outcome, means = in_smaller_pieces(setup, self.log, step, attempt)
+        progress.step = step
+        progress.examples_seen += len(draw.examples)
+        self.window.tokens += sum(example.num_scored_tokens for example in draw.examples)
+        self.window.seconds += time.monotonic() - started
+        progress.bad_steps = 0 if outcome.is_finite else progress.bad_steps + 1
+        if outcome.is_finite:
+            self.window.means.include(means)
+        else:
+            report_bad_step(self.log, self.run_dir, setup, draw, step, outcome, progress.bad_steps)
+        if spike:
+            done = "the step was skipped" if config.skip_spikes else "skip_spikes leaves such steps out"
+            self.log.event("warn", "spike", f"step {step}: {spike}; {done}", step)
+        return self._record_window(rate) if step % config.logging_steps == 0 or step == self.total else ""
+
+    def _record_window(self, rate: float) -> str:
+        values = self.window.values() | {"learning_rate": rate}
+        self._record(values)
+        self.progress.tokens_seen += self.window.tokens
+        self.progress.train_s += self.window.seconds
+        self.window = Window()
+        self.keep(steps=self.progress.step, examples_seen=self.progress.examples_seen)
+        return one_line(values)
+
+    def _record(self, values: dict[str, float | None]) -> None:
+        step = self.progress.step
+        stamp = {"step": step, "epoch": round(step / self.setup.steps_per_epoch, 4)}
+        self.log.metrics({**stamp, "time_s": round(self.elapsed_s, 3), **values})
+
+    def _evaluate_if_due(self) -> None:
+        setup, progress = self.setup, self.progress
+        heldout, step = setup.datasets.heldout.examples, progress.step
+        is_due = step in (0, self.total) or step % eval_interval(setup.config, self.total) == 0
+        if not heldout or not is_due or progress.evaluated_at == step:
+            return
+
+        def attempt() -> Evaluation:
+            with self.log.progress("held out", len(heldout)) as meter:
+                batches = setup.batches_to_score(heldout)
+                kl_batches = setup.batches_to_score(setup.heldout_mismatched)
+                return evaluate(setup.policy, self.reference, setup.loss, batches, meter.advance, kl_batches)
+
+        evaluation = in_smaller_pieces(setup, self.log, step, attempt)
+        self.last_evaluation = evaluation
+        progress.evaluated_at = step
+        self._record({f"eval_{name}": value for name, value in evaluation.metrics.items()})
+        self.log.say("held out", f"step {step}: {one_line(evaluation.metrics)}")
+        loss = evaluation.metrics.get("loss")
+        if loss is not None and (progress.best_loss is None or loss < progress.best_loss):
+            progress.best_step, progress.best_loss = step, loss
+            if setup.config.save_best and step > 0:
+                self.save()
+
+    def _save_if_due(self) -> None:
+        config, step = self.setup.config, self.progress.step
+        if not self._writer.is_busy:
+            self.finish_writing()  # so that a failure is told when it happens
+        if step == 0 or step == self._saved_step:
+            return
+        if config.save_steps:
+            is_due = step % config.save_steps == 0
+        else:
+            is_due = time.monotonic() - self._saved_at > 60 * config.save_minutes
+        if is_due:
+            # Beside the training a copy of the state is written, which needs its memory.
+            free = hardware.available_memory_bytes()
+            size = expected_checkpoint_bytes(self.setup.policy, config)
+            self.save(in_background=size < _SHARE_OF_FREE_MEMORY * free)
+
+    def finish_writing(self) -> None:
+        """Waits for the checkpoint that is being written beside the training."""
+        try:
+            self._writer.wait()
+        except OSError as error:
+            self._report_failed_save(error)
+
+    def _report_failed_save(self, error: OSError) -> None:
+        self._saved_step = -1
+        message = (
+            f"a checkpoint could not be written ({error.strerror or error}); training goes on, and the checkpoints "
+            f"before it are as they were. Make room in {self.run_dir / CHECKPOINTS}"
         )
-
-
-@contextmanager
-def _stop_on_signals() -> Iterator[Stop]:
-    """Ctrl-C and SIGTERM ask for a stop after the step in hand; a second Ctrl-C stops at once."""
-    stop = Stop()
-    previous = {}
-
-    def request(signum: int, frame: object) -> None:
-        if stop.requested:
-            raise KeyboardInterrupt
-        stop.requested = True
-
-    if threading.current_thread() is threading.main_thread():  # no other thread may take signals
-        for signum in (signal.SIGINT, signal.SIGTERM):
-            previous[signum] = signal.signal(signum, request)
-    try:
-        yield stop
-    finally:
-        for signum, handler in previous.items():
-            signal.signal(signum, handler)
+        self.log.event("major", "checkpoint-failed", message, self.progress.step)

@@ -6,7 +6,6 @@ import torch
 from torch import nn
 
 from penchant.config import RunConfig
-from penchant.training.step import trainable_parameters
 
 
 def make_optimizer(model: nn.Module, config: RunConfig) -> torch.optim.Optimizer:
@@ -23,6 +22,11 @@ def make_optimizer(model: nn.Module, config: RunConfig) -> torch.optim.Optimizer
     if config.optimizer == "rmsprop":
         return torch.optim.RMSprop(groups, lr=0.0)
     return torch.optim.AdamW(groups, lr=0.0, betas=(config.adam_beta1, config.adam_beta2), fused=True)
+
+
+def trainable_parameters(model: nn.Module) -> list[nn.Parameter]:
+    """The parameters that the optimizer changes."""
+    return [parameter for parameter in model.parameters() if parameter.requires_grad]
 
 
 def set_rate(optimizer: torch.optim.Optimizer, learning_rate: float) -> None:

@@ -2,40 +2,47 @@
 
 from __future__ import annotations
 
-import inspect
-import platform
-import time
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass
-from datetime import UTC, datetime
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
+from penchant import stopping
 from penchant.config import RunConfig, config_from
-from penchant.losses import Loss, WeightedSum, build_loss
-from penchant.models.load import save_model
-from penchant.report import write_model_card, write_report
+from penchant.disk import free_bytes, write_json, write_text
+from penchant.losses import Loss
 from penchant.scoring.policy import Policy
-from penchant.scoring.reference import Reference
 from penchant.training import hardware
-from penchant.training.datasets import Rows, plain_text
-from penchant.training.describe import describe, expected_cost, layout_sentence, num_parameters
-from penchant.training.identity import check_identity
-from penchant.training.judgements import write_judgements
-from penchant.training.logger import RunLog, count
-from penchant.training.loop import fit
+from penchant.training.checkpoint import Checkpoint, newest_checkpoint, remove_from
+from penchant.training.datasets import Rows
+from penchant.training.describe import describe, expected_cost
+from penchant.training.logger import RunLog
+from penchant.training.loop import CHECKPOINTS
+from penchant.training.resume import (
+    Changes,
+    changes_since,
+    check_allowed,
+    cut_logs,
+    describe_changes,
+    fingerprint,
+    refuse_changes,
+)
 from penchant.training.rundir import (
     check_run_dir,
     choose_run_dir,
+    claimed,
+    explained,
+    locked,
     open_run_dir,
-    write_json,
-    write_json_lines,
-    write_text,
+    read_summary,
+    resolved_run_file,
 )
-from penchant.training.setup import Setup, make_reference, set_up
+from penchant.training.session import Session, first_summary
+from penchant.training.setup import Setup, set_up
 from penchant.training.shared import Shared
-from penchant.types import Example, TokenizedExample
+from penchant.training.state import expected_checkpoint_bytes, read_facts
+from penchant.types import TokenizedExample
 
 
 @dataclass(frozen=True)
@@ -53,6 +60,7 @@ def train(
     loss: Loss | str | Mapping[str, Any] | None = None,
     overwrite: bool = False,
     quiet: bool = False,
+    allow_change: Sequence[str] = (),
     **settings: Any,
 ) -> RunResult:
     """Trains a model on preferences: what `penchant train` does, from Python.
@@ -64,6 +72,7 @@ def train(
         loss: a loss, its name, or its settings; default: that of `method`.
         overwrite: replace a run that is already in `output_dir`.
         quiet: say nothing while working.
+        allow_change: keys that may differ where a run that stopped early is gone on with.
         settings: any other key of a run file (`learning_rate=1e-6`, `lora={"rank": 16}`, ...).
 
     Raises:
@@ -77,7 +86,7 @@ def train(
     elif loss is not None:
         settings["loss"] = {"name": loss} if isinstance(loss, str) else dict(loss)
     policy = model if isinstance(model, Policy) else None
-    return execute(config_from(settings), data, eval_data, policy, overwrite, RunLog(quiet=quiet))
+    return execute(config_from(settings), data, eval_data, policy, overwrite, RunLog(quiet=quiet), None, allow_change)
 
 
 def execute(
@@ -88,50 +97,49 @@ def execute(
     overwrite: bool = False,
     log: RunLog | None = None,
     shared: Shared | None = None,
+    allow_change: Sequence[str] = (),
 ) -> RunResult:
     """The run that `config` describes; data and policy in hand stand in for the files it names.
 
+    Where its directory holds a run that did not come to its end, it goes on from the newest whole checkpoint.
+    `allow_change` names keys that may differ from what they were then.
+
     Raises:
         UserError: something the caller can mend; the message says what.
+        StopRequested: by Ctrl-C or SIGTERM, before there was anything to save.
     """
     log = log or RunLog()
     hardware.forget_peak_memory()
     run_dir = choose_run_dir(config)
-    check_run_dir(run_dir, overwrite)
-    setup = set_up(config, log, data, eval_data, policy, shared)
-    describe(setup, log)
-    open_run_dir(run_dir, overwrite)
-    log.keep_in(run_dir)
-    write_text(
-        run_dir / "run.yaml",
-        config.to_yaml(output_dir=str(run_dir), loss=setup.loss.settings(), learning_rate=config.peak_learning_rate()),
-    )
-    write_json(run_dir / "data.json", setup.datasets.findings)
-    summary = _first_summary(setup)
-    started = time.monotonic()
-
-    def keep(**news: Any) -> None:
-        peak = hardware.peak_memory_bytes(setup.policy.device)
-        summary.update(news, wall_s=round(time.monotonic() - started, 2), peak_memory_bytes=peak)
-        write_json(run_dir / "summary.json", summary)
-
-    keep()
-    try:
-        _work(setup, log, run_dir, keep)
-    except BaseException as error:
-        keep(status="interrupted" if isinstance(error, KeyboardInterrupt) else "failed")
-        log.event("stop", "failed", f"{type(error).__name__}: {error}", step=summary["steps"])
-        raise
-    finally:
-        report = write_report(run_dir)
-    log.say("report", str(report))
-    return RunResult(run_dir, summary)
-
-
-def resolved_run_file(config: RunConfig, run_dir: Path) -> str:
-    """The run file that repeats a run, without anything left to defaults."""
-    loss = build_loss(config.loss_settings()).settings()
-    return config.to_yaml(output_dir=str(run_dir), loss=loss, learning_rate=config.peak_learning_rate())
+    with explained(run_dir), stopping.listening(), ExitStack() as held:
+        goes_on = check_run_dir(run_dir, overwrite)
+        is_new = not run_dir.exists()
+        if not is_new:
+            held.enter_context(locked(run_dir))
+        checkpoint = _checkpoint_of(run_dir, log) if goes_on else None
+        setup = set_up(config, log, data, eval_data, policy, shared)
+        describe(setup, log)
+        print_ = fingerprint(setup)
+        changes = changes_since(read_facts(checkpoint)["fingerprint"], print_) if checkpoint else {}
+        check_allowed(allow_change, print_, changes)
+        if checkpoint:
+            refuse_changes(changes, allow_change, run_dir, checkpoint.step)
+        _warn_of_little_room(setup, run_dir, log)
+        if is_new:
+            held.enter_context(claimed(run_dir))
+        open_run_dir(run_dir, keep=goes_on)
+        summary = first_summary(setup)
+        if goes_on:
+            _cut_back(run_dir, checkpoint, setup)
+            summary["started"] = read_summary(run_dir).get("started", summary["started"])
+        write_text(run_dir / "run.yaml", resolved_run_file(config, run_dir))  # first: it makes this a run directory
+        write_json(run_dir / "data.json", setup.datasets.findings)
+        log.keep_in(run_dir)
+        if goes_on:
+            _say_going_on(log, checkpoint, setup.steps, changes)
+        run = Session(setup, log, run_dir, print_, checkpoint, summary)
+        run.complete()
+    return RunResult(run_dir, run.summary)
 
 
 def dry_run(config: RunConfig, log: RunLog | None = None, num_rows: int = 2) -> dict[str, Any]:
@@ -161,46 +169,48 @@ def dry_run(config: RunConfig, log: RunLog | None = None, num_rows: int = 2) -> 
     }
 
 
-def _work(setup: Setup, log: RunLog, run_dir: Path, keep: Callable[..., None]) -> None:
-    """From a set-up to a trained, evaluated and saved model."""
-    policy = setup.policy
-    prompts = _sample_prompts(setup)
-    before = _answers(setup, prompts, log, "before")
-    reference = make_reference(setup, log)
-    if reference is not None:
-        keep(reference=reference.description)
-        log.say("reference", reference.description)
-        _check_identity(setup, reference, log)
-    done = fit(setup, reference, log, run_dir, keep)
-    keep(tokens_per_s=round(done.tokens_seen / done.train_s, 1))
-    write_judgements(setup, reference, done, run_dir)
-    if done.interrupted:
-        keep(status="interrupted")
+def _checkpoint_of(run_dir: Path, log: RunLog) -> Checkpoint | None:
+    """The newest whole checkpoint of a run, and what is wrong with newer ones said."""
+    return newest_checkpoint(
+        run_dir / CHECKPOINTS, lambda fault: log.event("major", "damaged-checkpoint", fault, step=0)
+    )
+
+
+def _cut_back(run_dir: Path, checkpoint: Checkpoint | None, setup: Setup) -> None:
+    """Takes away what came after the checkpoint that a run goes on from."""
+    step, evaluated_at = -1, -1
+    if checkpoint:
+        step, evaluated_at = checkpoint.step, read_facts(checkpoint)["progress"]["evaluated_at"]
+        if step >= setup.steps:
+            evaluated_at = step - 1  # the last evaluation is made again
+    remove_from(run_dir / CHECKPOINTS, step)
+    cut_logs(run_dir, step, evaluated_at)
+
+
+def _say_going_on(log: RunLog, checkpoint: Checkpoint | None, total: int, changes: Changes) -> None:
+    if checkpoint is None:
+        log.event("info", "resumed", "no checkpoint had been written yet: begun anew", step=0)
+        log.say("resume", "the run in this directory had no checkpoint yet; it begins anew")
         return
-    after = _answers(setup, prompts, log, "after")
-    samples = [
-        {
-            "prompt": plain_text(example.prompt),
-            "before": old,
-            "after": new,
-            "chosen": plain_text(example.completions[0]),
-        }
-        for example, old, new in zip(prompts, before, after, strict=True)
-    ]
-    write_json_lines(run_dir / "samples.jsonl", samples)
-    save_model(policy.model, policy.tokenizer, run_dir / "model")
-    keep(status="finished")
-    write_model_card(run_dir)
-    log.say("model", str(run_dir / "model"))
+    message = f"goes on at step {checkpoint.step} of {total}, from {checkpoint.folder}"
+    log.say("resume", message + " (--overwrite begins anew)")
+    log.event("info", "resumed", message, checkpoint.step)
+    if changes:
+        message = f"allowed to differ from here on: {describe_changes(changes)}"
+        log.event("warn", "changed", message, checkpoint.step)
 
 
-def _check_identity(setup: Setup, reference: Reference, log: RunLog) -> None:
-    """Holds policy and reference against each other on a part of the first step's examples."""
-    draw = next(setup.draws())
-    parts, kl_parts = setup.batches(draw.examples)[-2:], setup.batches_to_score(draw.mismatched)[-2:]
-    found, expected = check_identity(setup.policy, reference, setup.loss, parts, kl_parts)
-    message = f"loss before the first step {found:.6f}, at policy = reference {expected:.6f}"
-    log.event("info", "identity", message, step=0)
+def _warn_of_little_room(setup: Setup, run_dir: Path, log: RunLog) -> None:
+    """Says before the first step how much disk the run needs, where there is less."""
+    size = expected_checkpoint_bytes(setup.policy, setup.config)
+    needed, free = size * (setup.config.keep_checkpoints + 1 + setup.config.save_best), free_bytes(run_dir)
+    if free < needed:
+        message = (
+            f"output_dir: {free / 1e9:.2f} GB are free there, and the run needs about {needed / 1e9:.2f} GB: a "
+            f"checkpoint takes {size / 1e9:.2f} GB, keep_checkpoints keeps {setup.config.keep_checkpoints}, and a new "
+            "one is written before the oldest goes"
+        )
+        log.event("warn", "little-room", message, step=0)
 
 
 def _completion_names(example: TokenizedExample) -> list[str]:
@@ -209,52 +219,6 @@ def _completion_names(example: TokenizedExample) -> list[str]:
     if len(example.completion_ids) == 2:
         return ["chosen", "rejected"]
     return [f"rank {place}" for place in range(1, len(example.completion_ids) + 1)]
-
-
-def _sample_prompts(setup: Setup) -> list[Example]:
-    source = setup.datasets.heldout if setup.datasets.heldout.examples else setup.datasets.train
-    return [source.texts[example.index] for example in source.examples[: setup.config.num_samples]]
-
-
-def _answers(setup: Setup, prompts: list[Example], log: RunLog, when: str) -> list[str]:
-    if not prompts:
-        return []
-    log.say("samples", f"answering {count(len(prompts), 'prompt')} {when} training")
-    return setup.policy.generate([example.prompt for example in prompts], setup.config.sample_max_new_tokens)
-
-
-def _first_summary(setup: Setup) -> dict[str, Any]:
-    config, policy = setup.config, setup.policy
-    packages = ("penchant", "torch", "transformers", "peft", "tokenizers")
-    return {
-        "status": "running",
-        "started": datetime.now(UTC).isoformat(timespec="seconds"),
-        "method": config.method_name(),
-        "loss": setup.loss.settings(),
-        "loss_doc": _documentation(setup.loss),
-        "model": config.model,
-        "model_sha256": setup.base_sha256,
-        "data_sha256": setup.datasets.findings["train"]["sha256"],
-        "lora": bool(config.lora.rank),
-        "reference": setup.reference_kind,
-        "layout": layout_sentence(setup),
-        "device": str(policy.device),
-        "dtype": policy.precision,
-        "num_parameters": num_parameters(policy.model)[1],
-        "num_trainable": num_parameters(policy.model)[0],
-        "steps": 0,
-        "examples_seen": 0,
-        "versions": {
-            "python": platform.python_version(),
-            **{package: version(package) for package in packages},
-        },
-    }
-
-
-def _documentation(loss: Loss) -> str:
-    """Equation and source of a loss, or of each loss of a sum."""
-    terms = [term for _, term in loss.terms] if isinstance(loss, WeightedSum) else [loss]
-    return "\n\n".join(inspect.getdoc(term) or "" for term in terms)
 
 
 def _name_of(source: Any) -> str:

@@ -1,76 +1,162 @@
-"""The run directory: where it is, what is in it, how files get there."""
+"""The run directory: where it is, whose it is, what may be written into it."""
 
 from __future__ import annotations
 
 import json
 import os
 import shutil
+import socket
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from filelock import FileLock, Timeout
+
 from penchant.config import RunConfig
+from penchant.disk import is_leftover, make_folder, remove_leftovers
 from penchant.errors import UserError
+from penchant.losses import build_loss
+
+_LOCK, _RUN_FILE = ".lock", "run.yaml"
 
 
 def choose_run_dir(config: RunConfig, kind: str = "") -> Path:
-    """`output_dir`, or runs/MODEL-METHOD (or runs/MODEL-KIND) with the first free number."""
+    """`output_dir`, or runs/MODEL-METHOD (or runs/MODEL-KIND) with the first number that is free.
+
+    The number of a run that was begun with the very same settings, and neither ended nor is running, is free too: it
+    will be gone on with.
+    """
     if config.output_dir:
         return Path(config.output_dir).expanduser()
     model = Path(config.model).expanduser().resolve().name.removesuffix(".gguf")
     name = f"{model}-{kind or config.method_name().replace(' + ', '-')}"
     number = 1
     while (folder := Path("runs") / (name if number == 1 else f"{name}-{number}")).exists():
+        if not kind and _stopped_early(folder) and is_run_of(folder, config):
+            return folder
         number += 1
     return folder
 
 
-def check_run_dir(folder: Path, overwrite: bool) -> None:
+def resolved_run_file(config: RunConfig, run_dir: Path) -> str:
+    """The run file that repeats a run, without anything left to defaults."""
+    loss = build_loss(config.loss_settings()).settings()
+    return config.to_yaml(output_dir=str(run_dir), loss=loss, learning_rate=config.peak_learning_rate())
+
+
+def is_run_of(run_dir: Path, config: RunConfig) -> bool:
+    """Whether the run in this folder was begun with these very settings."""
+    run_file = run_dir / _RUN_FILE
+    return run_file.exists() and run_file.read_text(encoding="utf-8") == resolved_run_file(config, run_dir)
+
+
+def check_run_dir(folder: Path, overwrite: bool) -> bool:
     """Refuses a folder that a run must not write into, before any work is done.
 
+    Returns:
+        Whether it holds a run that did not come to its end, to be gone on with.
+
     Raises:
-        UserError: there is a run already (and no `overwrite`), or other files, or it is no folder.
+        UserError: there is a finished run (and no `overwrite`), or other files, or it is no folder.
     """
     if folder.exists() and not folder.is_dir():
         raise UserError(f"output_dir: '{folder}' is a file.")
-    if (folder / "run.yaml").exists():
-        if not overwrite:
-            raise UserError(f"output_dir: '{folder}' holds a run already; choose another, or give --overwrite.")
-    elif folder.exists() and any(folder.iterdir()):
+    is_run = (folder / _RUN_FILE).exists()
+    there = folder.iterdir() if folder.exists() else ()
+    if not is_run and any(path.name != _LOCK and not is_leftover(path) for path in there):
         raise UserError(f"output_dir: '{folder}' is not empty and is no run directory; choose another.")
+    if is_run and not overwrite and read_summary(folder).get("status") == "finished":
+        raise UserError(f"output_dir: '{folder}' holds a finished run; choose another, or give --overwrite.")
     parent = next(path for path in [folder, *folder.absolute().parents] if path.exists())
     if not os.access(parent, os.W_OK):
         raise UserError(f"output_dir: '{folder}' cannot be written: no right to write in '{parent}'.")
+    return is_run and not overwrite
 
 
-def open_run_dir(folder: Path, overwrite: bool) -> None:
-    """Makes the run directory, in the place of an older run where `overwrite` allows it."""
-    check_run_dir(folder, overwrite)
-    if folder.exists():
-        shutil.rmtree(folder)
-    folder.mkdir(parents=True)
+@contextmanager
+def explained(run_dir: Path) -> Iterator[None]:
+    """Within it a disk that is full or fails, or a file that may not be touched, becomes a UserError."""
+    try:
+        yield
+    except OSError as error:
+        raise UserError(
+            f"output_dir: '{error.filename or run_dir}' cannot be read or written ({error.strerror or error}). Mend "
+            "that and give the same command again: it goes on from the newest checkpoint, if there is one."
+        ) from error
 
 
-def write_text(path: Path, text: str) -> None:
-    """Writes a file whole or not at all."""
-    partial = path.with_name(path.name + ".tmp")
-    with partial.open("w", encoding="utf-8", errors="backslashreplace") as file:
-        file.write(text)
-        file.flush()
-        os.fsync(file.fileno())
-    partial.replace(path)
+@contextmanager
+def locked(run_dir: Path) -> Iterator[None]:
+    """Within it no other process works on the run. The lock goes with the process, however that ends.
+
+    Raises:
+        UserError: another process works on it.
+    """
+    lock = FileLock(run_dir / _LOCK)
+    try:
+        lock.acquire(blocking=False)
+    except Timeout:
+        owner = read_summary(run_dir).get("process", {})
+        raise UserError(
+            f"output_dir: process {owner.get('pid', 'unknown')} on {owner.get('host', 'unknown')} is working on "
+            f"'{run_dir}'; wait for it, stop it, or choose another output_dir."
+        ) from None
+    try:
+        yield
+    finally:
+        lock.release()
 
 
-def write_json(path: Path, value: Any) -> None:
-    """Writes a JSON file whole or not at all."""
-    write_text(path, json.dumps(value, indent=2, ensure_ascii=False, allow_nan=False) + "\n")
+@contextmanager
+def claimed(run_dir: Path) -> Iterator[None]:
+    """Makes a run directory that was not there a moment ago, and locks it.
+
+    Raises:
+        UserError: another process was quicker.
+    """
+    make_folder(run_dir)
+    with locked(run_dir):
+        if (run_dir / _RUN_FILE).exists():
+            raise UserError(f"output_dir: another process has begun a run in '{run_dir}' meanwhile; choose another.")
+        yield
 
 
-def write_json_lines(path: Path, records: list[dict[str, Any]]) -> None:
-    """Writes a JSON-lines file whole or not at all."""
-    write_text(path, "".join(json.dumps(record, ensure_ascii=False, allow_nan=False) + "\n" for record in records))
+def this_process() -> dict[str, Any]:
+    """What `summary.json` says of the process that works on a run."""
+    return {"pid": os.getpid(), "host": socket.gethostname()}
 
 
-def append_json_line(path: Path, record: dict[str, Any]) -> None:
-    """Adds one line to a JSON-lines file."""
-    with path.open("a", encoding="utf-8", errors="backslashreplace") as file:
-        file.write(json.dumps(record, ensure_ascii=False, allow_nan=False) + "\n")
+def open_run_dir(folder: Path, keep: bool) -> None:
+    """Clears the run directory; what is whole in it stays only where a run is gone on with."""
+    remove_leftovers(folder)
+    # The run file goes last: half an emptied folder is still known as a run directory.
+    for path in sorted(folder.iterdir(), key=lambda path: path.name == _RUN_FILE) if not keep else ():
+        if path.is_dir() and not path.is_symlink():
+            shutil.rmtree(path)
+        elif path.name != _LOCK:
+            path.unlink()
+
+
+def read_summary(run_dir: Path) -> dict[str, Any]:
+    """`summary.json`, or nothing where there is none that can be read."""
+    try:
+        summary = json.loads((run_dir / "summary.json").read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return {}
+    return summary if isinstance(summary, dict) else {}
+
+
+def is_being_worked_on(run_dir: Path) -> bool:
+    """Whether a process, this one too, holds the lock of the run."""
+    if not (run_dir / _LOCK).exists():
+        return False
+    try:
+        with locked(run_dir):
+            return False
+    except UserError:
+        return True
+
+
+def _stopped_early(folder: Path) -> bool:
+    return read_summary(folder).get("status") != "finished" and not is_being_worked_on(folder)

@@ -18,11 +18,13 @@ from penchant.data.formats import ExampleData
 from penchant.errors import UserError
 from penchant.losses import Loss, build_loss
 from penchant.models.adapters import add_lora
-from penchant.models.load import weights_sha256
+from penchant.models.fingerprints import weights_sha256
+from penchant.models.trust import refuse_old_versions
 from penchant.scoring.layout import Layout, choose_layout, trouble_with_sharing
 from penchant.scoring.policy import Policy
 from penchant.scoring.reference import AdapterOff, FrozenModel, LogpsCache, Precomputed, Reference
 from penchant.training import hardware
+from penchant.training.checks import label_weights
 from penchant.training.datasets import (
     Datasets,
     Rows,
@@ -39,7 +41,7 @@ from penchant.training.shared import Shared
 from penchant.types import Batch, TokenizedExample
 
 
-@dataclass(frozen=True)
+@dataclass
 class Setup:
     """Everything that a run needs before its first pass over the data."""
 
@@ -49,7 +51,7 @@ class Setup:
     datasets: Datasets
     layout: Layout
     max_tokens: int
-    """Tokens computed at once in training; passes without gradient hold no activations and take twice as many."""
+    """Tokens computed at once in training, halved when memory runs out; passes without gradient take twice as many."""
     base_sha256: str
     """Hash of the weights that the policy begins from."""
     shared: Shared
@@ -75,12 +77,10 @@ class Setup:
             return self.config.reference.kind
         return "adapter_off" if self.config.lora.rank and not self.config.reference.model else "precomputed"
 
-    def draws(self) -> Iterator[loader.Draw]:
-        """The optimizer batches of the run, without end."""
+    def draws(self, start_step: int = 0) -> Iterator[loader.Draw]:
+        """The optimizer batches of the run behind its first `start_step`, without end."""
         within = self.config.max_length if "kl" in self.loss.needs else None
-        return loader.draws(
-            self.datasets.train.examples, self.config.batch_size, self.config.seed, mismatch_within=within
-        )
+        return loader.draws(self.datasets.train.examples, self.config.batch_size, self.config.seed, start_step, within)
 
     def batches(self, examples: Sequence[TokenizedExample]) -> list[Batch]:
         """Microbatches to learn from."""
@@ -108,16 +108,18 @@ def set_up(
     shared: Shared | None = None,
 ) -> Setup:
     """Reads data and model, and refuses what cannot work before anything is written."""
+    refuse_old_versions()
     _refuse_several_processes()
     shared = shared or Shared()
     loss = build_loss(config.loss_settings())
     _refuse_idle_options(config, loss)
-    rows = _rows(shared, data if data is not None else config.data, "data")
-    refuse_bad_rows(rows, config.max_bad_rows)
+    rows = _rows(shared, data if data is not None else config.data, "data", config.data_family)
+    refuse_bad_rows(config, rows)
     heldout_rows = None
     if eval_data is not None or config.eval_data:
-        heldout_rows = _rows(shared, eval_data if eval_data is not None else str(config.eval_data), "eval_data")
-        refuse_bad_rows(heldout_rows, config.max_bad_rows)
+        rows_or_name = eval_data if eval_data is not None else str(config.eval_data)
+        heldout_rows = _rows(shared, rows_or_name, "eval_data", config.data_family)
+        refuse_bad_rows(config, heldout_rows)
     refuse_idle_data_options(config, loss, [*rows.examples, *(heldout_rows.examples if heldout_rows else [])])
     train_rows, heldout_rows = split_heldout(config, rows, heldout_rows)
     train_rows = fit_to_loss(config, loss, train_rows, is_heldout=False)
@@ -136,7 +138,7 @@ def set_up(
     tokenizer = policy.tokenizer
 
     def tokenized() -> Datasets:
-        return tokenize_datasets(config, train_rows, heldout_rows, tokenizer, log)
+        return tokenize_datasets(config, loss, train_rows, heldout_rows, tokenizer, log)
 
     datasets = (
         tokenized()
@@ -209,11 +211,11 @@ def _refuse_several_processes() -> None:
         raise UserError("this version trains in one process; start it without torchrun")
 
 
-def _rows(shared: Shared, data: Rows, name: str) -> ExampleData:
+def _rows(shared: Shared, data: Rows, name: str, family: str | None) -> ExampleData:
     """The examples of a file, read once; rows in memory are not kept."""
-    return (
-        shared.once(("rows", data), lambda: read_data(data, name)) if isinstance(data, str) else read_data(data, name)
-    )
+    if not isinstance(data, str):
+        return read_data(data, name, family)
+    return shared.once(("rows", data, family), lambda: read_data(data, name, family))
 
 
 def _tokenization(config: RunConfig, loss: Loss) -> tuple[Any, ...]:
@@ -223,13 +225,23 @@ def _tokenization(config: RunConfig, loss: Loss) -> tuple[Any, ...]:
         "data",
         "eval_data",
         "eval_size",
+        "data_family",
         "seed",
         "max_length",
         "truncation",
         "chat_template",
         "max_bad_rows",
+        "drop",
+        "min_margin",
+        "weigh_by_margin",
     )
-    return (*(getattr(config, key) for key in keys), config.pairs_from_rankings, loss.units, "labels" in loss.needs)
+    return (
+        *(getattr(config, key) for key in keys),
+        config.pairs_from_rankings,
+        loss.units,
+        "labels" in loss.needs,
+        label_weights(loss),
+    )
 
 
 def _heldout_mismatched(config: RunConfig, loss: Loss, datasets: Datasets) -> list[TokenizedExample]:

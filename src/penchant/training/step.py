@@ -2,18 +2,38 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
 
 import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
+from penchant import stopping
+from penchant.errors import UserError
 from penchant.losses import Loss
 from penchant.scoring.metrics import Means, observe
 from penchant.scoring.policy import Policy
 from penchant.scoring.records import logps_for, weights_of
 from penchant.scoring.reference import Reference, mean_kl
+from penchant.training import hardware
+from penchant.training.optim import trainable_parameters
 from penchant.types import Batch, TokenLogps
+
+
+@dataclass(frozen=True)
+class StepOutcome:
+    """What a step came to: its mean loss, the gradient's norm before clipping, and whether the step was taken."""
+
+    loss: float
+    grad_norm: float
+    is_taken: bool
+
+    @property
+    def is_finite(self) -> bool:
+        """Whether loss and gradient are numbers; a step that is not finite is never taken."""
+        return math.isfinite(self.loss) and math.isfinite(self.grad_norm)
 
 
 def train_step(
@@ -25,24 +45,43 @@ def train_step(
     max_grad_norm: float,
     means: Means,
     kl_batches: Sequence[Batch] = (),
-) -> bool:
+    accepts: Callable[[float, float], bool] = lambda loss, grad_norm: True,
+) -> StepOutcome:
     """Accumulates the gradient over the microbatches of one optimizer batch and takes the step.
 
     The loss is the weighted sum over examples divided by the weights of the whole batch, so the gradient does not
     depend on how the batch was cut. Takes what was seen into `means`. `kl_batches` are the mismatched completions of a
-    loss that needs the KL divergence.
+    loss that needs the KL divergence. The weights stay as they were where loss or gradient is not finite, and where
+    `accepts(loss, grad_norm)` says no.
 
-    Returns:
-        False where the loss or the gradient was not finite: then the weights are as they were.
+    Raises:
+        StopRequested: between two microbatches; the weights are as they were.
+        UserError: memory ran out in the optimizer; the weights are of no use any more.
     """
-    accumulate_gradient(policy, reference, loss, batches, means, kl_batches)
-    grad_norm = nn.utils.clip_grad_norm_(trainable_parameters(policy.model), max_grad_norm)
-    means.add("grad_norm", grad_norm.reshape(1))
-    is_finite = bool(torch.isfinite(grad_norm))
-    if is_finite:
+    try:
+        mean_loss = accumulate_gradient(policy, reference, loss, batches, means, kl_batches)
+        grad_norm = nn.utils.clip_grad_norm_(trainable_parameters(policy.model), max_grad_norm)
+        means.add("grad_norm", grad_norm.reshape(1))
+        outcome = StepOutcome(mean_loss, grad_norm.item(), is_taken=False)
+        if outcome.is_finite and accepts(outcome.loss, outcome.grad_norm):
+            _take(optimizer)
+            outcome = replace(outcome, is_taken=True)
+    finally:
+        optimizer.zero_grad(set_to_none=True)
+    return outcome
+
+
+def _take(optimizer: torch.optim.Optimizer) -> None:
+    """Changes the weights. Where memory runs out half-way some of them are changed: this is never tried again."""
+    try:
         optimizer.step()
-    optimizer.zero_grad(set_to_none=True)
-    return is_finite
+    except RuntimeError as error:
+        if not hardware.is_out_of_memory(error):
+            raise
+        raise UserError(
+            f"memory: there is no room for the optimizer's moments ({str(error).splitlines()[0]}); train with "
+            "lora.rank, or with optimizer rmsprop, which keeps one moment instead of two."
+        ) from error
 
 
 def accumulate_gradient(
@@ -52,8 +91,12 @@ def accumulate_gradient(
     batches: Sequence[Batch],
     means: Means,
     kl_batches: Sequence[Batch] = (),
-) -> None:
-    """Adds the gradient of the mean loss over all examples of the microbatches to the policy's parameters."""
+) -> float:
+    """Adds the gradient of the mean loss over all examples of the microbatches to the policy's parameters.
+
+    Returns:
+        That mean loss.
+    """
     batches = [batch.to(policy.device) for batch in batches]
     whole = Batch.join(batches)
     refs = reference.token_logps(batches) if reference is not None else [None] * len(batches)
@@ -79,6 +122,7 @@ def accumulate_gradient(
         slopes = slope.split([len(batch.target_ids) for batch in batches])
     seen = []
     for batch, ref, own_slope in zip(batches, refs, slopes, strict=True):
+        stopping.check()
         scored = policy.token_logps(batch, with_entropies=True, with_collisions=with_collisions)
         if own_slope is None:
             mean_loss(batch, scored, ref).backward()
@@ -87,9 +131,6 @@ def accumulate_gradient(
         seen.append(TokenLogps(scored.logps.detach(), scored.entropies, scored.log_collisions))
     with torch.no_grad():
         logps = logps_for(loss, whole, TokenLogps.join(seen), whole_ref, kl)
-        observe(means, loss, whole, logps, loss(logps), TokenLogps.join(seen), whole_ref)
-
-
-def trainable_parameters(model: nn.Module) -> list[nn.Parameter]:
-    """The parameters that the optimizer changes."""
-    return [parameter for parameter in model.parameters() if parameter.requires_grad]
+        losses = loss(logps)
+        observe(means, loss, whole, logps, losses, TokenLogps.join(seen), whole_ref)
+        return ((losses * weights_of(loss, whole)).sum() / total_weight).item()

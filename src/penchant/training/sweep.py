@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import itertools
-import json
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -14,8 +13,8 @@ from penchant.config import RunConfig, load_config, parse_value
 from penchant.errors import UserError
 from penchant.losses import build_loss
 from penchant.training.logger import RunLog, count
-from penchant.training.run import execute, resolved_run_file
-from penchant.training.rundir import choose_run_dir
+from penchant.training.run import execute
+from penchant.training.rundir import choose_run_dir, is_run_of, read_summary
 from penchant.training.shared import Shared
 
 
@@ -60,7 +59,8 @@ def run_sweep(
     """Trains once for each combination of settings; each run has its folder within `output_dir`.
 
     Rows are read, tokenised and scored by the reference once for all runs that agree on what these depend on. A run
-    that is there already, finished and with the very same settings, is kept; one that fails does not stop the others.
+    that is there already with the very same settings is kept when finished and else gone on with; one that fails does
+    not stop the others.
 
     Raises:
         UserError: a combination is no valid run; then none was begun.
@@ -80,11 +80,11 @@ def run_sweep(
     for number, (name, config) in enumerate(configs.items(), start=1):
         run_dir = folder / name
         log.say("run", f"{number} of {len(configs)}: {name}")
-        if not overwrite and _is_finished(run_dir, config):
+        if not overwrite and read_summary(run_dir).get("status") == "finished" and is_run_of(run_dir, config):
             log.say("run", "is there already, finished with these settings; kept")
             continue
         try:
-            result = execute(config, overwrite=overwrite or _was_cut_short(run_dir), shared=shared)
+            result = execute(config, overwrite=overwrite, shared=shared)
         except UserError as error:
             failures[name] = str(error)
             log.say("run", f"failed: {error}")
@@ -106,21 +106,3 @@ def _name(combination: Mapping[str, Any]) -> str:
 
 def _runs_in(folder: Path, configs: Mapping[str, RunConfig]) -> list[Path]:
     return [folder / name for name in configs if (folder / name / "run.yaml").exists()]
-
-
-def _status(run_dir: Path) -> str:
-    try:
-        return str(json.loads((run_dir / "summary.json").read_text(encoding="utf-8")).get("status"))
-    except (OSError, ValueError):
-        return "unknown"
-
-
-def _is_finished(run_dir: Path, config: RunConfig) -> bool:
-    if _status(run_dir) != "finished":
-        return False
-    return (run_dir / "run.yaml").read_text(encoding="utf-8") == resolved_run_file(config, run_dir)
-
-
-def _was_cut_short(run_dir: Path) -> bool:
-    """Whether a sweep may begin this run again: it stopped early. One that is still running is left alone."""
-    return _status(run_dir) in ("interrupted", "failed")

@@ -1,0 +1,153 @@
+"""Files and folders that are there whole or not at all, whatever stops the machine meanwhile.
+
+Everything is written beside its place under a hidden name, forced to the disk (fsync), and then renamed: a reader sees
+the old, or nothing, or the new. A crash can leave hidden files behind; `remove_leftovers` clears them away.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import re
+import shutil
+import uuid
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+_UNFINISHED = ".tmp-"
+
+
+def write_text(path: Path, text: str) -> None:
+    """Writes a file whole or not at all; half a surrogate pair, which no file can hold, is written as its escape."""
+    unfinished = _hidden(path)
+    try:
+        with unfinished.open("w", encoding="utf-8", errors="backslashreplace") as file:
+            file.write(text)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(unfinished, path)
+    except BaseException:
+        unfinished.unlink(missing_ok=True)
+        raise
+    sync(path.parent)
+
+
+def write_json(path: Path, value: Any) -> None:
+    """Writes a JSON file whole or not at all."""
+    write_text(path, json.dumps(value, indent=2, ensure_ascii=False, allow_nan=False) + "\n")
+
+
+def write_json_lines(path: Path, records: Iterable[dict[str, Any]]) -> None:
+    """Writes a JSON-lines file whole or not at all."""
+    write_text(path, "".join(json.dumps(record, ensure_ascii=False, allow_nan=False) + "\n" for record in records))
+
+
+def append_json_line(path: Path, record: dict[str, Any]) -> None:
+    """Adds one line to a JSON-lines file. A crash may leave half of it; `read_json_lines` passes over that."""
+    with path.open("a", encoding="utf-8", errors="backslashreplace") as file:
+        file.write(json.dumps(record, ensure_ascii=False, allow_nan=False) + "\n")
+
+
+def read_json_lines(path: Path) -> list[dict[str, Any]]:
+    """The records of a JSON-lines file that may end in half a line; none where there is no such file."""
+    records = []
+    for line in path.read_bytes().split(b"\n") if path.exists() else []:
+        try:
+            records.append(json.loads(line))
+        except ValueError:
+            continue  # the line that was being written when the process died, or what a loss of power made of it
+    return records
+
+
+@contextmanager
+def new_folder(folder: Path) -> Iterator[Path]:
+    """A hidden folder to fill. When the block has ended well it is forced to the disk and becomes `folder`.
+
+    A folder that was there before is replaced. When the block fails nothing is left behind.
+    """
+    make_folder(folder.parent)
+    unfinished = _hidden(folder)
+    unfinished.mkdir()
+    try:
+        with _system_errors():
+            yield unfinished
+        for path in sorted(unfinished.rglob("*"), reverse=True):  # what is in a folder before the folder
+            sync(path)
+        sync(unfinished)
+        if folder.exists():
+            remove_folder(folder)
+        os.rename(unfinished, folder)
+    except BaseException:
+        shutil.rmtree(unfinished, ignore_errors=True)
+        raise
+    sync(folder.parent)
+
+
+def make_folder(folder: Path) -> None:
+    """Makes a folder and those above it that are missing, so that they outlive a loss of power."""
+    if not folder.exists():
+        make_folder(folder.parent)
+        folder.mkdir(exist_ok=True)
+        sync(folder.parent)
+
+
+def remove_folder(folder: Path) -> None:
+    """Removes a folder so that nobody ever sees half of it."""
+    hidden = _hidden(folder)
+    os.rename(folder, hidden)
+    sync(folder.parent)
+    shutil.rmtree(hidden, ignore_errors=True)  # nobody sees it any more; what stays goes with the leftovers
+
+
+def remove_leftovers(folder: Path) -> None:
+    """Removes what crashes left in `folder`, and in the folders within. Only for the one process that writes there."""
+    for path in sorted(folder.rglob(f".*{_UNFINISHED}*")):  # a folder before what is in it
+        if path.is_dir():
+            shutil.rmtree(path)
+        else:
+            path.unlink(missing_ok=True)
+
+
+def is_leftover(path: Path) -> bool:
+    """Whether it has the name of something that was never finished."""
+    return path.match(f".*{_UNFINISHED}*")
+
+
+def sync(path: Path) -> None:
+    """Forces a file, or the list of names in a folder, to the disk."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def sha256_of(path: Path) -> str:
+    """sha256 of a file's bytes."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def free_bytes(path: Path) -> int:
+    """Bytes that may still be written at `path`, which need not exist yet."""
+    there = next(folder for folder in [path, *path.absolute().parents] if folder.exists())
+    return shutil.disk_usage(there).free
+
+
+@contextmanager
+def _system_errors() -> Iterator[None]:
+    """Within it, what libraries written in Rust say of the disk, `... (os error 28)`, becomes the OSError it is."""
+    try:
+        yield
+    except Exception as error:
+        told = re.search(r"\(os error (\d+)\)", str(error))
+        if told is None:
+            raise
+        raise OSError(int(told[1]), os.strerror(int(told[1]))) from error
+
+
+def _hidden(path: Path) -> Path:
+    return path.with_name(f".{path.name}{_UNFINISHED}{uuid.uuid4().hex[:8]}")
