@@ -20,8 +20,8 @@ from itertools import accumulate
 from pathlib import Path
 from typing import Any
 
-from penchant.data.checkup import Reader, check_file
-from penchant.data.findings import DOCTOR_CHECKS, SEVERITIES, Finding
+from penchant.doctor.checkup import Reader, check_file
+from penchant.doctor.findings import DOCTOR_CHECKS, SEVERITIES, Finding
 
 Row = dict[str, Any]
 

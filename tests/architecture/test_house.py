@@ -23,7 +23,7 @@ FLOORS = [
     {"losses"},
     {"config"},
     {"data", "layouts", "models", "recipes", "report"},
-    {"scoring"},
+    {"scoring", "doctor"},
     {"evaluate", "algorithms"},
     {"training"},
     {"cli"},

@@ -11,6 +11,7 @@ import signal
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -274,16 +275,22 @@ class Runs:
         self._model = model
         assert main(self.train(folder / "whole")) == 0
         self.whole = sha256_of(folder / "whole" / "model" / "model.safetensors")
+        with self.stopping_after(4):
+            assert main(self.train(self._stopped)) == 128 + signal.SIGTERM
+
+    @contextmanager
+    def stopping_after(self, step: int) -> Iterator[None]:
+        """Within it, runs are asked to stop within the step that follows this one."""
         real = Training._step
 
-        def step(training: Training, draw: Any) -> str:
-            if training.progress.step == 4:
+        def asking(training: Training, draw: Any) -> str:
+            if training.progress.step == step:
                 os.kill(os.getpid(), signal.SIGTERM)
             return real(training, draw)
 
         with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(Training, "_step", step)
-            assert main(self.train(self._stopped)) == 128 + signal.SIGTERM
+            patch.setattr(Training, "_step", asking)
+            yield
 
     def train(self, run_dir: Path, **settings: Any) -> list[str]:
         """The words that begin it."""
@@ -602,19 +609,19 @@ def test_a_disk_that_fails_at_the_start_ends_the_run_before_its_first_step(
     run_dir = fresh()
     done = operations_of(run_dir, lambda: begins(runs.train(run_dir)))
     assert len(done) > 5
+    codes = []
     for number in range(1, len(done) + 1, 1 if full else 5):
         run_dir = fresh()
         capfd.readouterr()
         with matrix.trial(7, f"{os.strerror(errno)}, at an operation before the first step"):
             with failing_at(number, run_dir, OSError(errno, os.strerror(errno), str(run_dir))) as failed:
-                code = main(runs.train(run_dir))
+                codes.append(main(runs.train(run_dir)))
             said = capfd.readouterr().err
             assert "Traceback" not in said
-            if failed != ["os.mkdir"]:  # which does not matter where the folder is there already
-                assert code == 2, failed
-                assert os.strerror(errno) in said
-                assert "training" not in said
-    assert code == 0 or main(runs.train(run_dir)) == 0
+            assert codes[-1] == 0 or (codes[-1] == 2 and os.strerror(errno) in said and "training" not in said), failed
+    # Not every failure does harm: a folder that cannot be made may be there, a lock is asked for twice.
+    assert codes.count(2) >= len(codes) - 2
+    assert codes[-1] == 0 or main(runs.train(run_dir)) == 0
     assert runs.is_whole(run_dir)
 
 

@@ -108,7 +108,7 @@ def test_one_ctrl_c_saves_the_step_in_hand_and_ends_with_130(stable: Stable, mat
 _AGAIN = {
     "the save": Fault("penchant.training.state:save_file", 3, signal.SIGINT),
     "the report": Fault("penchant.training.session:write_report", 1, signal.SIGINT),
-    "a step": Fault("penchant.training.loop:Meter.advance", 9, signal.SIGINT),
+    "a step": Fault("penchant.training.logger:Meter.advance", 9, signal.SIGINT),
 }
 """Where the second Ctrl-C comes."""
 

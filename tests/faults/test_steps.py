@@ -223,21 +223,21 @@ def spike(policy: Any, loss: float) -> float:
 def test_a_spike_is_flagged_and_skipping_it_leaves_the_run_as_it_was(
     model_folder: Path, tmp_path: Path, poison: Any, monkeypatch: pytest.MonkeyPatch, matrix: Matrix
 ) -> None:
-    settings = {"data": rows(40), "max_steps": 48, "eval_steps": 99, "num_samples": 0, "sample_max_new_tokens": 128}
-    settings |= {**CONSTANT, "max_grad_norm": 1e6, "learning_rate": 1e-4}
+    settings = {"data": rows(40), "max_steps": 38, "eval_steps": 99, "num_samples": 0, "sample_max_new_tokens": 128}
+    settings |= {**CONSTANT, "max_grad_norm": 1e6, "learning_rate": 5e-5}
     clean = train(model_folder, tmp_path / "clean", **settings)
-    poison(spike, {40})
+    poison(spike, {35})
     flagged = train(model_folder, tmp_path / "flagged", **settings)
     monkeypatch.undo()
-    poison(spike, {40})
+    poison(spike, {35})
     skipped = train(model_folder, tmp_path / "skipped", skip_spikes=True, **settings)
     with matrix.trial(11, "a loss a hundredfold for one batch"):
         assert codes_of(clean.run_dir) == []
-        assert ("spike", 40) in codes_of(flagged.run_dir)
-        assert codes_of(skipped.run_dir) == [("spike", 40)]
+        assert ("spike", 35) in codes_of(flagged.run_dir)
+        assert codes_of(skipped.run_dir) == [("spike", 35)]
         losses = [metrics_of(run.run_dir)[1][-1]["eval_loss"] for run in (clean, flagged, skipped)]
         assert abs(losses[2] / losses[0] - 1) < 0.01
-        assert abs(losses[1] / losses[0] - 1) > 0.05, "taken, it would have done harm"
+        assert losses[1] / losses[0] - 1 > 0.03, "taken, it would have done harm"
 
 
 def noise(dice: np.random.Generator, number: int) -> Any:
@@ -283,7 +283,7 @@ def test_heavy_tails_are_flagged_now_and_then(tails: Any, at_most: float, full: 
 def test_clean_runs_raise_no_false_alarm(model_folder: Path, tmp_path: Path, matrix: Matrix, full: bool) -> None:
     calm, seeds = 0, 20 if full else 1
     for seed in range(seeds):
-        run = train_unseen(model_folder, tmp_path / str(seed), seed=seed, max_steps=120 if full else 60, **CONSTANT)
+        run = train_unseen(model_folder, tmp_path / str(seed), seed=seed, max_steps=120 if full else 40, **CONSTANT)
         calm += codes_of(run.run_dir) == []
     matrix.record(11, "no false alarm: real runs", seeds, calm)
 
@@ -302,10 +302,9 @@ def little_memory(monkeypatch: pytest.MonkeyPatch) -> Callable[..., None]:
         real, passes = Policy.token_logps, itertools.count()
 
         def token_logps(self: Policy, batch: Batch, *arguments: Any, **more: Any) -> TokenLogps:
-            learns = torch.is_grad_enabled()
-            if only is None or (only == "learning") == learns:
-                if next(passes) >= after and batch.model_inputs["input_ids"].numel() > most:
-                    raise error
+            is_meant = only is None or (only == "learning") == torch.is_grad_enabled()
+            if is_meant and next(passes) >= after and batch.model_inputs["input_ids"].numel() > most:
+                raise error
             return real(self, batch, *arguments, **more)
 
         monkeypatch.setattr(Policy, "token_logps", token_logps)
@@ -313,22 +312,21 @@ def little_memory(monkeypatch: pytest.MonkeyPatch) -> Callable[..., None]:
     return little_memory
 
 
-@pytest.mark.parametrize("error", [DEVICE, HOST], ids=["device", "host"])
 @pytest.mark.parametrize(
-    "settings",
+    ("error", "settings"),
     [
-        {},
-        {"layout": "padded"},
-        {"method": "kto", "reference": {"kind": "copy"}},
-        {"method": "ipo", "lora": {"rank": 4}},
-        {"method": "aot"},
+        (DEVICE, {}),
+        (HOST, {"layout": "padded"}),
+        (DEVICE, {"method": "kto", "reference": {"kind": "copy"}}),
+        (HOST, {"method": "ipo", "lora": {"rank": 4}}),
+        (DEVICE, {"method": "aot"}),
     ],
     ids=str,
 )
 def test_batches_are_cut_smaller_and_no_number_changes(
     error: Exception, settings: Any, model_folder: Path, tmp_path: Path, little_memory: Any, matrix: Matrix
 ) -> None:
-    more = {**settings, "max_steps": 4, "data": rows(16), "batch_size": 8, "num_samples": 0, "dtype": "float32"}
+    more = {**settings, "max_steps": 3, "data": rows(16), "batch_size": 8, "num_samples": 0, "dtype": "float32"}
     more |= {"sample_max_new_tokens": 128, "learning_rate": 1e-3}
     clean = metrics_of(train(model_folder, tmp_path / "clean", **more).run_dir)
     little_memory(120, error, after=3)
@@ -337,7 +335,7 @@ def test_batches_are_cut_smaller_and_no_number_changes(
         for one, other, name in zip(clean, metrics_of(run.run_dir), ("loss", "eval_loss"), strict=True):
             assert [record[name] for record in other] == pytest.approx([record[name] for record in one], rel=1e-6)
         assert codes_of(run.run_dir)[0][0] == "out-of-memory"
-        assert run.summary["examples_seen"] == 32
+        assert run.summary["examples_seen"] == 24
 
 
 @pytest.mark.parametrize(
@@ -345,7 +343,7 @@ def test_batches_are_cut_smaller_and_no_number_changes(
     [
         ("scoring", {"eval_data": None, "eval_size": 0}, 0),  # the reference's pass
         ("scoring", {"reference": {"kind": "copy"}}, 0),  # the check before the first step, and the evaluation
-        ("learning", {}, 1),
+        ("learning", {"layout": "padded"}, 1),
     ],
     ids=["precomputing", "evaluating", "learning"],
 )
@@ -378,11 +376,34 @@ def test_an_evaluation_is_cut_to_single_examples_before_it_is_given_up(
 def test_an_example_that_does_not_fit_alone_ends_the_run(
     error: Exception, model_folder: Path, tmp_path: Path, little_memory: Any, matrix: Matrix
 ) -> None:
-    little_memory(10, error, only="learning")
+    little_memory(10, error, only="learning", after=2)  # the expected cost is measured by two
     with matrix.trial(12, "memory for no single example"):
         with pytest.raises(penchant.UserError, match=r"memory: a single example does not fit .*lower max_length"):
-            train_unseen(model_folder, tmp_path, max_steps=4)
+            train_unseen(model_folder, tmp_path, max_steps=4, layout="padded")
         assert json.loads((tmp_path / "run" / "summary.json").read_text())["status"] == "failed"
+
+
+@pytest.mark.parametrize("settings", [{"layout": "padded"}, {"eval_data": rows(2), "num_samples": 1}], ids=str)
+def test_memory_that_runs_out_where_nothing_can_be_cut_is_told_in_a_sentence(
+    settings: Any,
+    model_folder: Path,
+    tmp_path: Path,
+    little_memory: Any,
+    monkeypatch: pytest.MonkeyPatch,
+    matrix: Matrix,
+) -> None:
+    def generate(*arguments: Any, **more: Any) -> Any:
+        raise DEVICE
+
+    if "num_samples" in settings:
+        monkeypatch.setattr(Policy, "generate", generate)
+    else:
+        little_memory(0, DEVICE)
+    with (
+        matrix.trial(12, "memory runs out where nothing can be cut"),
+        pytest.raises(penchant.UserError, match=r"memory: there is not enough \(CUDA out of memory.*lower max_length"),
+    ):
+        train(model_folder, tmp_path, **{"num_samples": 0, "sample_max_new_tokens": 128, **settings})
 
 
 def test_memory_that_runs_out_within_the_optimizer_is_not_tried_again(
@@ -409,7 +430,7 @@ def test_memory_that_runs_out_within_the_optimizer_is_not_tried_again(
 def test_other_errors_of_a_step_are_not_taken_for_want_of_memory(
     model_folder: Path, tmp_path: Path, little_memory: Any
 ) -> None:
-    little_memory(0, RuntimeError("a bug"), only="learning")
+    little_memory(0, RuntimeError("a bug"), only="learning", after=2)
     with pytest.raises(RuntimeError, match="a bug"):
-        train_unseen(model_folder, tmp_path, max_steps=2)
+        train_unseen(model_folder, tmp_path, max_steps=2, layout="padded")
     assert codes_of(tmp_path / "run") == []

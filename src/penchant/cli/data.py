@@ -20,9 +20,9 @@ if TYPE_CHECKING:
     from rich.console import Console
     from rich.text import Text
 
-    from penchant.data.checkup import Checkup, Reader
-    from penchant.data.findings import Finding
-    from penchant.data.preview import PreviewedRow
+    from penchant.doctor.checkup import Checkup, Reader
+    from penchant.doctor.findings import Finding
+    from penchant.doctor.preview import PreviewedRow
 
 _CHECK_EPILOG = """examples:
   penchant check pairs.jsonl
@@ -71,8 +71,8 @@ def _help(key: str) -> str:
 
 
 def _check(options: argparse.Namespace) -> int:
-    from penchant.data.checkup import check_file
-    from penchant.data.findings import worst_first
+    from penchant.doctor.checkup import check_file
+    from penchant.doctor.findings import worst_first
 
     if options.model is None and options.chat_template:
         raise UserError("--chat_template: has no effect without --model.")
@@ -101,7 +101,7 @@ def _check(options: argparse.Namespace) -> int:
 
 
 def _as_dict(checkup: Checkup, findings: Sequence[Finding]) -> dict[str, Any]:
-    from penchant.data.checkup import reason_of
+    from penchant.doctor.checkup import reason_of
 
     return {
         "path": checkup.path,
@@ -119,7 +119,7 @@ def _as_dict(checkup: Checkup, findings: Sequence[Finding]) -> dict[str, Any]:
 def _show_checkup(checkup: Checkup, findings: Sequence[Finding], limit: float) -> None:
     from rich.markup import escape
 
-    from penchant.data.checkup import reason_of
+    from penchant.doctor.checkup import reason_of
 
     console = _console()
     families = ", ".join(f"{family} {count:,}" for family, count in checkup.families.most_common())
@@ -158,7 +158,7 @@ def _show_checkup(checkup: Checkup, findings: Sequence[Finding], limit: float) -
 
 def _preview(options: argparse.Namespace) -> int:
     from penchant.data.formats import RowProblem
-    from penchant.data.preview import as_dict, preview_rows
+    from penchant.doctor.preview import as_dict, preview_rows
 
     if options.rows < 1:
         raise UserError(f"--rows: must be at least 1, got {options.rows}.")
@@ -212,7 +212,7 @@ def _reader(options: argparse.Namespace) -> Reader:
     """The tokenizer of the model that was named, with the template that a run would use."""
     if options.max_length < 2:
         raise UserError(f"--max_length: must be at least 2, got {options.max_length}.")
-    from penchant.data.checkup import Reader
+    from penchant.doctor.checkup import Reader
     from penchant.models.load import load_tokenizer
 
     tokenizer = load_tokenizer(options.model)

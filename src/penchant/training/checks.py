@@ -7,10 +7,10 @@ from typing import Any
 
 from penchant.config import RunConfig
 from penchant.data.chat import TokenizedData
-from penchant.data.doctor import DataScan
-from penchant.data.findings import CODES, DOCTOR_CHECKS, Finding, worst_first
 from penchant.data.formats import ExampleData, RowProblem
-from penchant.data.token_checks import TokenChecks
+from penchant.doctor.findings import CODES, DOCTOR_CHECKS, Finding, worst_first
+from penchant.doctor.scan import DataScan
+from penchant.doctor.tokens import TokenChecks
 from penchant.errors import UserError
 from penchant.losses import Loss
 from penchant.training.logger import RunLog, count

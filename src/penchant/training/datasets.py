@@ -13,9 +13,9 @@ import numpy as np
 from penchant.config import RunConfig
 from penchant.data.chat import TOKEN_CHECKS, TokenizedData, tokenize_examples
 from penchant.data.filters import FILTER_CHECKS, filter_by_margin
-from penchant.data.findings import PROBLEMS, SOUND, Finding
 from penchant.data.formats import CHECKS, ExampleData, RowProblem, examples_from_rows, read_examples
 from penchant.data.units import UNIT_CHECKS, Unit, as_unit
+from penchant.doctor.findings import PROBLEMS, SOUND, Finding
 from penchant.errors import UserError
 from penchant.losses import Loss
 from penchant.training.checks import DROP_REASONS, examine

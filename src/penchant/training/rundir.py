@@ -17,6 +17,7 @@ from penchant.config import RunConfig
 from penchant.disk import is_leftover, make_folder, remove_leftovers
 from penchant.errors import UserError
 from penchant.losses import build_loss
+from penchant.training import hardware
 
 _LOCK, _RUN_FILE = ".lock", "run.yaml"
 
@@ -76,13 +77,20 @@ def check_run_dir(folder: Path, overwrite: bool) -> bool:
 
 @contextmanager
 def explained(run_dir: Path) -> Iterator[None]:
-    """Within it a disk that is full or fails, or a file that may not be touched, becomes a UserError."""
+    """Within it a disk that is full or fails, and memory that runs out where no batch can be cut, become UserErrors."""
     try:
         yield
     except OSError as error:
         raise UserError(
             f"output_dir: '{error.filename or run_dir}' cannot be read or written ({error.strerror or error}). Mend "
             "that and give the same command again: it goes on from the newest checkpoint, if there is one."
+        ) from error
+    except RuntimeError as error:
+        if not hardware.is_out_of_memory(error):
+            raise
+        raise UserError(
+            f"memory: there is not enough ({str(error).splitlines()[0]}); lower max_length or sample_max_new_tokens, "
+            "or train with lora.rank."
         ) from error
 
 

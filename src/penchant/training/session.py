@@ -61,7 +61,13 @@ class Session:
         except BaseException as error:
             self._fail(error)
             raise
-        self.log.say("report", str(write_report(self.run_dir)))
+        try:
+            if self.summary["status"] == "finished":
+                write_model_card(self.run_dir)
+            self.log.say("report", str(write_report(self.run_dir)))
+        except OSError as error:  # the run has ended all the same
+            reason = error.strerror or error
+            self.log.say("report", f"could not be written ({reason}); `penchant report {self.run_dir}` does it later")
 
     def keep(self, **news: Any) -> None:
         """Writes summary.json with what is new."""
@@ -107,7 +113,6 @@ class Session:
         self._save_model()
         self.keep(status="finished")
         training.forget_insurance()
-        write_model_card(run_dir)
         log.say("model", str(run_dir / "model"))
 
     def _save_model(self) -> None:

@@ -10,7 +10,7 @@ from itertools import islice
 
 import numpy as np
 
-from penchant.data.duplicates import matches, repeats, signature, unpacked, words_of
+from penchant.doctor.duplicates import matches, repeats, signature, unpacked, words_of
 from penchant.examples import Example, Pair, Text, Unpaired
 
 # The last number of a name, as it is written by `str`: no zeros in front, and small enough for 64 bits.

@@ -7,7 +7,7 @@ import random
 import numpy as np
 import pytest
 
-from penchant.data.duplicates import NUM_HASHES, matches, repeats, signature, unpacked, words_of
+from penchant.doctor.duplicates import NUM_HASHES, matches, repeats, signature, unpacked, words_of
 
 
 def some_words(number: int, seed: int) -> list[str]:

@@ -9,7 +9,9 @@ import pytest
 
 from penchant.config import Drop
 from penchant.data.chat import TOKEN_CHECKS
-from penchant.data.findings import (
+from penchant.data.formats import CHECKS
+from penchant.data.units import UNIT_CHECKS
+from penchant.doctor.findings import (
     CODES,
     DOCTOR_CHECKS,
     PROBLEMS,
@@ -21,8 +23,6 @@ from penchant.data.findings import (
     severity_of,
     worst_first,
 )
-from penchant.data.formats import CHECKS
-from penchant.data.units import UNIT_CHECKS
 
 DOCS = Path(__file__).parents[2] / "docs" / "data-doctor.md"
 

@@ -15,12 +15,12 @@ from math import sqrt
 
 from rapidfuzz.distance import Levenshtein
 
-from penchant.data.duplicates import words_of
-from penchant.data.findings import MAX_ROWS, PROBLEMS, Finding, finding, finding_by_share, worst_first
 from penchant.data.formats import RowProblem
-from penchant.data.lengths import SURE, Lengths
-from penchant.data.memory import RowMemory, joined, sides_of
-from penchant.data.token_checks import MARKERS, TokenChecks
+from penchant.doctor.duplicates import words_of
+from penchant.doctor.findings import MAX_ROWS, PROBLEMS, Finding, finding, finding_by_share, worst_first
+from penchant.doctor.lengths import SURE, Lengths
+from penchant.doctor.memory import RowMemory, joined, sides_of
+from penchant.doctor.tokens import MARKERS, TokenChecks
 from penchant.examples import Example, Pair, Ranking, TokenizedExample, Unpaired
 
 NEAR_IDENTICAL = 0.1

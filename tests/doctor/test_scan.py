@@ -13,10 +13,10 @@ from typing import Any
 import pytest
 
 from penchant.data.chat import tokenize_examples
-from penchant.data.doctor import DataScan
-from penchant.data.findings import DOCTOR_CHECKS, Finding
 from penchant.data.formats import RowProblem
-from penchant.data.token_checks import TokenChecks
+from penchant.doctor.findings import DOCTOR_CHECKS, Finding
+from penchant.doctor.scan import DataScan
+from penchant.doctor.tokens import TokenChecks
 from penchant.examples import Example, Pair, Ranking, TokenizedExample, Unpaired
 
 from ..conftest import WORDS

@@ -7,8 +7,8 @@ from dataclasses import dataclass
 from typing import Any
 
 from penchant.data.chat import encode, tokenize_examples
-from penchant.data.checkup import Reader
 from penchant.data.formats import RowProblem, stream_examples
+from penchant.doctor.checkup import Reader
 from penchant.examples import Example, Pair, Unpaired
 
 

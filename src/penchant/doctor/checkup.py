@@ -8,10 +8,10 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from penchant.data.chat import PLAIN_CHAT_TEMPLATE, TOKEN_CHECKS, tokenize_examples
-from penchant.data.doctor import DataScan
-from penchant.data.findings import SOUND, Finding, finding, worst_first
 from penchant.data.formats import CHECKS, RowProblem, stream_examples
-from penchant.data.token_checks import TokenChecks
+from penchant.doctor.findings import SOUND, Finding, finding, worst_first
+from penchant.doctor.scan import DataScan
+from penchant.doctor.tokens import TokenChecks
 from penchant.errors import UserError
 
 MAX_NAMED = 5

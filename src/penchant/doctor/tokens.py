@@ -8,7 +8,7 @@ from itertools import pairwise
 from typing import Any
 
 from penchant.data.chat import RenderError, encode, render
-from penchant.data.findings import Finding, finding
+from penchant.doctor.findings import Finding, finding
 from penchant.errors import UserError
 from penchant.examples import TokenizedExample
 

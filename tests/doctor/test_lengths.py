@@ -7,7 +7,7 @@ import math
 import numpy as np
 import pytest
 
-from penchant.data.lengths import Lengths
+from penchant.doctor.lengths import Lengths
 
 
 def lengths_of(better: np.ndarray, worse: np.ndarray) -> Lengths:

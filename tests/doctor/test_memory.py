@@ -5,8 +5,8 @@ from __future__ import annotations
 from hypothesis import given
 from hypothesis import strategies as st
 
-from penchant.data.duplicates import words_of
-from penchant.data.memory import RowMemory, Sources, joined, sides_of
+from penchant.doctor.duplicates import words_of
+from penchant.doctor.memory import RowMemory, Sources, joined, sides_of
 from penchant.examples import Example, Pair, Ranking, Unpaired
 
 

@@ -1,0 +1,1 @@
+"""What is wrong with preference data, said before anything is trained on it."""
