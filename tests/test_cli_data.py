@@ -179,3 +179,33 @@ def test_preview_as_json_tells_every_token(
     assert completion["cut"] == max(0, len(prompt) + len(whole) + 1 - 8)
     assert not any(token["trained"] for token in row["prompt"])
     assert all(token["trained"] for token in completion["tokens"])
+
+
+def test_convert_writes_rows_that_mean_the_same(tmp_path: Path) -> None:
+    rows = [*many(3), BAD]
+    data = write_rows(tmp_path / "pairs.jsonl", rows)
+    written = tmp_path / "openai.jsonl"
+    done = penchant("convert", data, str(written), "--to", "openai")
+    assert done.returncode == 0, done.stderr
+    assert "3 rows written, 1 left out" in done.stderr
+    assert f"{data}:4: [D06]" in done.stderr
+    back = [json.loads(line) for line in written.read_text().splitlines()]
+    assert [row["preferred_output"][0]["content"] for row in back] == [row["chosen"] for row in rows[:3]]
+    assert [row["input"]["messages"][-1]["content"] for row in back] == [row["prompt"] for row in rows[:3]]
+
+    again = penchant("convert", data, str(written), "--to", "trl")
+    assert again.returncode == 2
+    assert "is there already" in again.stderr
+    assert [json.loads(line) for line in written.read_text().splitlines()] == back
+    unknown = penchant("convert", data, str(tmp_path / "x.jsonl"), "--to", "opena")
+    assert unknown.returncode == 2
+    assert "did you mean 'openai'" in unknown.stderr
+
+
+def test_a_row_family_can_be_named(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    row = {"instruction": "what", "prompt": "what", "chosen": "a", "rejected": "b"}
+    data = write_rows(tmp_path / "pairs.jsonl", [row] * 2)
+    _, told = checked(capsys, data)
+    _, forced = checked(capsys, data, "--data_family", "alpaca")
+    assert told["train"]["families"] == {"trl": 2}
+    assert forced["train"]["families"] == {"alpaca": 2}

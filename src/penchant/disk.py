@@ -15,17 +15,21 @@ import uuid
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 _UNFINISHED = ".tmp-"
 
 
-def write_text(path: Path, text: str) -> None:
-    """Writes a file whole or not at all; half a surrogate pair, which no file can hold, is written as its escape."""
+@contextmanager
+def new_file(path: Path) -> Iterator[BinaryIO]:
+    """A hidden file to fill. When the block has ended well it is forced to the disk and takes the place of `path`.
+
+    When the block fails, what was there before stays and nothing is left behind.
+    """
     unfinished = _hidden(path)
     try:
-        with unfinished.open("w", encoding="utf-8", errors="backslashreplace") as file:
-            file.write(text)
+        with unfinished.open("wb") as file:
+            yield file
             file.flush()
             os.fsync(file.fileno())
         os.replace(unfinished, path)
@@ -33,6 +37,12 @@ def write_text(path: Path, text: str) -> None:
         unfinished.unlink(missing_ok=True)
         raise
     sync(path.parent)
+
+
+def write_text(path: Path, text: str) -> None:
+    """Writes a file whole or not at all; half a surrogate pair, which no file can hold, is written as its escape."""
+    with new_file(path) as file:
+        file.write(text.encode(errors="backslashreplace"))
 
 
 def write_json(path: Path, value: Any) -> None:

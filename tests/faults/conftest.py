@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -38,9 +39,11 @@ def matrix(request: pytest.FixtureRequest) -> Matrix:
 
 
 @pytest.fixture(scope="session")
-def stable(tmp_path_factory: pytest.TempPathFactory, model_folder: Path) -> Stable:
+def stable(tmp_path_factory: pytest.TempPathFactory, model_folder: Path) -> Iterator[Stable]:
     """Where runs are begun, struck and begun again."""
-    return Stable(model_folder, tmp_path_factory.mktemp("stable"))
+    made = Stable(model_folder, tmp_path_factory.mktemp("stable"))
+    yield made
+    made.close()
 
 
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter, config: pytest.Config) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import random
+import signal
 import time
 from collections.abc import Sequence
 from pathlib import Path
@@ -44,7 +45,7 @@ class Stable:
         self._pairs = write_rows(folder / "pairs.jsonl", rows(24))
         self._singles = write_rows(folder / "singles.jsonl", single_rows(24))
         self._heldout = write_rows(folder / "heldout.jsonl", rows(4, seed=1))
-        self._num_said = 0
+        self._commands: list[Command] = []
         self._whole: dict[str, Path] = {}
         self.whole_s: dict[str, float] = {}
         """Seconds that the undisturbed run of a kind took."""
@@ -76,8 +77,14 @@ class Stable:
 
     def start(self, words: Sequence[str], *faults: Fault, cwd: Path | None = None) -> Command:
         """Starts a command in a process of its own."""
-        self._num_said += 1
-        return Command(words, self._folder / f"said-{self._num_said}.txt", faults, cwd)
+        said_in = self._folder / f"said-{len(self._commands)}.txt"
+        self._commands.append(Command(words, said_in, faults, cwd))
+        return self._commands[-1]
+
+    def close(self) -> None:
+        """Leaves no process behind, frozen ones neither."""
+        for command in self._commands:
+            command.send(signal.SIGKILL)
 
     def finish(self, words: Sequence[str]) -> None:
         """Runs a command that must end well."""

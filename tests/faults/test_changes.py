@@ -7,7 +7,6 @@ import shutil
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import pytest
 
@@ -17,9 +16,15 @@ from penchant.disk import sha256_of
 from ..conftest import make_tiny_model
 from ..training.test_run import lines_of, rows, write_rows
 from .matrix import Matrix
-from .test_saving import Runs, runs  # noqa: F401  (a fixture)
+from .test_saving import Runs
 
 Words = list[str]
+
+
+@pytest.fixture(scope="module")
+def runs(model_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Runs:
+    """Runs to go on with."""
+    return Runs(model_folder, tmp_path_factory.mktemp("runs"))
 
 
 @dataclass
@@ -41,11 +46,18 @@ def with_options(*options: str) -> Callable[[Runs, Path, Path], Changed]:
 
 
 def other_rows(runs: Runs, model: Path, folder: Path) -> Changed:
-    """One word of one row is another."""
+    """Every other row has a word more."""
     changed = rows()
-    changed[7]["chosen"][0]["content"] += " mat"
+    for row in changed[::2]:
+        row["chosen"][0]["content"] += " mat"
     run_dir = runs.stopped()
     return Changed(run_dir, ["resume", str(run_dir), "--data", write_rows(folder / "other.jsonl", changed)])
+
+
+def another_method(runs: Runs, model: Path, folder: Path) -> Changed:
+    """The command that began the run, with another word for the method."""
+    run_dir = runs.stopped()
+    return Changed(run_dir, [*runs.train(run_dir), "--method", "ipo"])
 
 
 def more_rows(runs: Runs, model: Path, folder: Path) -> Changed:
@@ -85,15 +97,15 @@ def other_tokenizer(runs: Runs, model: Path, folder: Path) -> Changed:
     file = Path(shutil.copytree(model, folder / "renamed")) / "tokenizer.json"
     settings = json.loads(file.read_text())
     vocabulary = settings["model"]["vocab"]
-    vocabulary["Q"], vocabulary["Z"] = vocabulary["Z"], vocabulary["Q"]
+    vocabulary["Ġdog"], vocabulary["Ġcat"] = vocabulary["Ġcat"], vocabulary["Ġdog"]
     file.write_text(json.dumps(settings))
     run_dir = runs.stopped()
     return Changed(run_dir, ["resume", str(run_dir), "--model", str(folder / "renamed")])
 
 
 CHANGES: dict[str, tuple[Callable[[Runs, Path, Path], Changed], str, str]] = {
-    "beta": (with_options("--loss.beta", "0.3"), "beta", "loss.beta: 0.1 then, 0.3 now"),
-    "loss": (with_options("--method", "ipo", "--loss.name", "ipo"), "loss", 'loss.name: "dpo" then, "ipo" now'),
+    "beta": (with_options("--loss.beta", "0.3"), "loss.beta", "loss.beta: 0.1 then, 0.3 now"),
+    "loss": (another_method, "loss.name", 'loss.name: "dpo" then, "ipo" now'),
     "learning rate": (
         with_options("--learning_rate", "1e-4"),
         "learning_rate",
@@ -101,7 +113,7 @@ CHANGES: dict[str, tuple[Callable[[Runs, Path, Path], Changed], str, str]] = {
     ),
     "batch size": (with_options("--batch_size", "2"), "batch_size", "batch_size: 4 then, 2 now"),
     "seed": (with_options("--seed", "1"), "seed", "seed: 0 then, 1 now"),
-    "max_length": (with_options("--max_length", "512"), "max_length", "max_length: 1024 then, 512 now"),
+    "max_length": (with_options("--max_length", "28"), "max_length,data", "max_length: 1024 then, 28 now"),
     "optimizer": (with_options("--optimizer", "rmsprop"), "optimizer", 'optimizer: "adamw" then, "rmsprop" now'),
     "number of steps": (with_options("--max_steps", "7"), "max_steps", "max_steps: 6 then, 7 now"),
     "data": (other_rows, "data", "data: sha256 "),
@@ -110,25 +122,25 @@ CHANGES: dict[str, tuple[Callable[[Runs, Path, Path], Changed], str, str]] = {
     "columns of the data": (other_columns, "data", "data (columns): sha256 "),
     "weights of the model": (other_weights, "model", "model: sha256 "),
     "chat template": (other_template, "chat_template,data", "chat_template: sha256 "),
-    "tokenizer": (other_tokenizer, "tokenizer", "tokenizer: sha256 "),
+    "tokenizer": (other_tokenizer, "tokenizer,data", "tokenizer: sha256 "),
 }
-"""What is changed, the words that allow it, and what the refusal must say."""
+"""What is changed, the keys that the refusal must name, and what it must say of them."""
 
-_ACCEPTED = ("beta", "data", "optimizer", "chat template")
+_ACCEPTED = ("beta", "loss", "data", "optimizer")
 """What the short version allows and takes to its end."""
 
 
 @pytest.mark.parametrize("name", CHANGES)
 def test_what_changes_the_rest_of_a_run_is_refused_with_both_values_and_can_be_allowed(
     name: str,
-    runs: Runs,  # noqa: F811
+    runs: Runs,
     model_folder: Path,
     tmp_path: Path,
     matrix: Matrix,
     full: bool,
     capfd: pytest.CaptureFixture[str],
 ) -> None:
-    change, allowed, words = CHANGES[name]
+    change, keys, words = CHANGES[name]
     changed = change(runs, model_folder, tmp_path)
     before = {path: sha256_of(path) for path in changed.run_dir.rglob("*") if path.is_file()}
     with matrix.trial(13, f"refused: {name}"):
@@ -137,12 +149,12 @@ def test_what_changes_the_rest_of_a_run_is_refused_with_both_values_and_can_be_a
         assert "holds a run that stands at step 4, and this one differs from it:" in said
         assert f"\n  {words}" in said
         assert {path: sha256_of(path) for path in changed.run_dir.rglob("*") if path.is_file()} == before
-        (advice,) = (line for line in said.splitlines() if line.startswith("Go on all the same"))
-        assert set(allowed.split(",")) <= set(advice.split("--allow-change ")[1].split(", ")[0].split(","))
+        advised = said.partition("Go on all the same with --allow-change ")[2].partition(", begin anew")[0]
+        assert set(keys.split(",")) <= set(advised.split(","))
     if not full and name not in _ACCEPTED:
         return
     with matrix.trial(13, f"allowed and recorded: {name}"):
-        assert main([*changed.words, "--allow-change", allowed]) == 0
+        assert main([*changed.words, "--allow-change", advised]) == 0
         assert "goes on at step 4 of" in capfd.readouterr().err
         (event,) = (e for e in lines_of(changed.run_dir / "events.jsonl") if e["code"] == "changed")
         assert event["step"] == 4
@@ -153,7 +165,7 @@ def test_what_changes_the_rest_of_a_run_is_refused_with_both_values_and_can_be_a
 
 
 def test_an_allowed_change_is_the_rule_from_then_on(
-    runs: Runs,  # noqa: F811
+    runs: Runs,
     matrix: Matrix,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
@@ -169,14 +181,14 @@ def test_an_allowed_change_is_the_rule_from_then_on(
 
 
 def test_a_change_may_not_bring_another_shape_with_it(
-    runs: Runs,  # noqa: F811
+    runs: Runs,
     matrix: Matrix,
     capfd: pytest.CaptureFixture[str],
 ) -> None:
     run_dir = runs.stopped()
     with matrix.trial(13, "another rank does not fit, allowed or not"):
         assert main(["resume", str(run_dir), "--lora.rank", "4"]) == 2
-        assert "lora.rank: null then, 4 now" in capfd.readouterr().err
+        assert "lora.rank: 0 then, 4 now" in capfd.readouterr().err
         assert main(["resume", str(run_dir), "--lora.rank", "4", "--allow-change", "lora,learning_rate"]) == 2
         said = capfd.readouterr().err
         assert "does not fit this model" in said
@@ -186,7 +198,7 @@ def test_a_change_may_not_bring_another_shape_with_it(
 @pytest.mark.parametrize("words", [["resume"], ["train"]])
 def test_a_word_that_names_nothing_is_refused_before_any_work(
     words: Words,
-    runs: Runs,  # noqa: F811
+    runs: Runs,
     tmp_path: Path,
     matrix: Matrix,
     capfd: pytest.CaptureFixture[str],
@@ -213,7 +225,7 @@ FREE = {
 @pytest.mark.parametrize("name", FREE)
 def test_what_no_step_depends_on_may_change_without_a_word(
     name: str,
-    runs: Runs,  # noqa: F811
+    runs: Runs,
     matrix: Matrix,
 ) -> None:
     run_dir = runs.stopped()
@@ -224,7 +236,7 @@ def test_what_no_step_depends_on_may_change_without_a_word(
 
 
 def test_a_run_may_be_moved_and_gone_on_with_from_anywhere(
-    runs: Runs,  # noqa: F811
+    runs: Runs,
     model_folder: Path,
     tmp_path: Path,
     matrix: Matrix,
@@ -249,7 +261,7 @@ def test_a_run_may_be_moved_and_gone_on_with_from_anywhere(
 
 
 def test_a_reference_of_other_weights_is_refused_wherever_it_lies(
-    runs: Runs,  # noqa: F811
+    runs: Runs,
     model_folder: Path,
     tmp_path: Path,
     matrix: Matrix,

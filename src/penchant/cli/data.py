@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     from penchant.doctor.checkup import Checkup, Reader
     from penchant.doctor.findings import Finding
     from penchant.doctor.preview import PreviewedRow
+    from penchant.examples import Example
 
 _CHECK_EPILOG = """examples:
   penchant check pairs.jsonl
@@ -31,8 +32,14 @@ _CHECK_EPILOG = """examples:
 Without --model only the texts are looked at, lengths are in words and nothing heavy is loaded; with it also what the
 model would see: ends, special tokens, what max_length cuts off. Exit code 2 where a run would refuse to start."""
 
+_CONVERT_EPILOG = """example:
+  penchant convert ultrafeedback.parquet pairs.jsonl --to openai
+
+Rows that cannot be used are left out and named. Every row is read back before it is written, and must say the same."""
+
 _COLOURS = {"stop": "bold red", "major": "red", "warn": "yellow", "info": "cyan"}
 _SECONDS_BETWEEN_LINES = 5.0
+_MOST_NAMED = 5
 
 
 def add_verbs(verb: Verb) -> None:
@@ -51,8 +58,18 @@ def add_verbs(verb: Verb) -> None:
     preview.add_argument("--rows", type=int, default=3, metavar="N", help="how many rows, from the first (default 3)")
     preview.add_argument("--json", action="store_true", help="print the rows as JSON, token by token")
 
+    convert = verb("convert", _convert, "Write preference data again as rows of another kind.", epilog=_CONVERT_EPILOG)
+    convert.add_argument("data", metavar="DATA", help=_help("data"))
+    convert.add_argument("output", metavar="OUT.jsonl", help="the file to write, also .jsonl.gz")
+    convert.add_argument(
+        "--to", required=True, metavar="FAMILY", help="the row family to write: trl, sharegpt or openai"
+    )
+    convert.add_argument("--data_family", metavar="FAMILY", help=_help("data_family"))
+    convert.add_argument("--overwrite", action="store_true", help="replace a file that is there")
+
 
 def _add_keys(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--data_family", metavar="FAMILY", help=_help("data_family"))
     parser.add_argument("--max_length", type=int, default=_default("max_length"), metavar="N", help=_help("max_length"))
     parser.add_argument("--chat_template", metavar="FILE", help=_help("chat_template"))
 
@@ -80,7 +97,7 @@ def _check(options: argparse.Namespace) -> int:
     checkups: list[Checkup] = []
     for path in filter(None, (options.data, options.eval_data)):
         with _progress(path) as advance:
-            checkups.append(check_file(path, reader, advance))
+            checkups.append(check_file(path, reader, advance, options.data_family))
     findings = [checkup.findings() for checkup in checkups]
     if len(checkups) > 1:
         # A held-out file is small by its nature; what it has in common with the training rows is the question.
@@ -163,7 +180,7 @@ def _preview(options: argparse.Namespace) -> int:
     if options.rows < 1:
         raise UserError(f"--rows: must be at least 1, got {options.rows}.")
     reader = _reader(options)
-    rows = list(islice(preview_rows(options.data, reader), options.rows))
+    rows = list(islice(preview_rows(options.data, reader, options.data_family), options.rows))
     if options.json:
         print(json.dumps([as_dict(row, reader.tokenizer) for row in rows], ensure_ascii=False, indent=2))
         return 0
@@ -205,7 +222,34 @@ def _trained_text(text: str, last: str, console: Console) -> Text:
     return Text.assemble((text, "green"), (last, "green reverse"))
 
 
-# both
+# convert
+
+
+def _convert(options: argparse.Namespace) -> int:
+    from penchant.data.formats import RowProblem, stream_examples
+    from penchant.data.writing import write_rows
+
+    if Path(options.output).exists() and not options.overwrite:
+        raise UserError(f"{options.output}: is there already; choose another name, or give --overwrite.")
+    left_out: list[RowProblem] = []
+
+    def usable() -> Iterator[Example]:
+        with _progress(options.data) as advance:
+            for _, found in stream_examples(options.data, options.data_family):
+                advance(1)
+                if not isinstance(found, RowProblem):
+                    yield found
+                else:
+                    left_out.append(found)
+
+    num_rows = write_rows(usable(), options.output, options.to)
+    for problem in left_out[:_MOST_NAMED]:
+        print(problem, file=sys.stderr)
+    print(f"{options.output}: {num_rows:,} rows written, {len(left_out):,} left out", file=sys.stderr)
+    return 0
+
+
+# all
 
 
 def _reader(options: argparse.Namespace) -> Reader:

@@ -11,15 +11,13 @@ from __future__ import annotations
 
 import gzip
 import json
-import os
-import uuid
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, BinaryIO
 
 from penchant.data.formats import RowProblem, stream_rows
-from penchant.disk import sync
+from penchant.disk import new_file
 from penchant.errors import UserError, nearest
 from penchant.examples import Example, Message, Pair, Text, Unpaired
 
@@ -144,21 +142,14 @@ def _columns(example: Pair | Unpaired) -> dict[str, float]:
 @contextmanager
 def _new_file(file: Path) -> Iterator[BinaryIO | gzip.GzipFile]:
     """A file to fill, packed where its name ends in .gz: it takes its place when the block has ended well."""
-    unfinished = file.with_name(f".{file.name}.tmp-{uuid.uuid4().hex[:8]}")
     try:
-        with unfinished.open("wb") as raw:
+        with new_file(file) as raw:
             if file.name.lower().endswith(".gz"):
                 with gzip.GzipFile("", "wb", fileobj=raw, mtime=0) as packed:  # no time: the same rows, the same bytes
                     yield packed
             else:
                 yield raw
-            raw.flush()
-            os.fsync(raw.fileno())
-        os.replace(unfinished, file)
-        sync(file.parent)
     except OSError as fault:
         raise UserError(
             f"{file}: cannot be written ({fault.strerror or fault}); check the folder and its rights"
         ) from fault
-    finally:
-        unfinished.unlink(missing_ok=True)

@@ -67,7 +67,12 @@ class Checkup:
             self.named.setdefault(problem.code, []).append(str(problem))
 
 
-def check_file(path: str, reader: Reader | None = None, advance: Callable[[int], None] = lambda rows: None) -> Checkup:
+def check_file(
+    path: str,
+    reader: Reader | None = None,
+    advance: Callable[[int], None] = lambda rows: None,
+    data_family: str | None = None,
+) -> Checkup:
     """Reads a file to its end; with a `reader` its rows are tokenised as they are in training.
 
     Raises:
@@ -75,7 +80,7 @@ def check_file(path: str, reader: Reader | None = None, advance: Callable[[int],
     """
     token_checks = TokenChecks(reader.tokenizer, reader.max_length) if reader else None
     checkup = Checkup(path, DataScan(token_checks))
-    for family, found in stream_examples(path):
+    for family, found in stream_examples(path, data_family):
         checkup.num_rows += 1
         checkup.families[family or "unknown"] += 1
         if isinstance(found, RowProblem):

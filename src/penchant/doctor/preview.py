@@ -30,13 +30,13 @@ class PreviewedRow:
     completions: Sequence[Completion]
 
 
-def preview_rows(path: str, reader: Reader) -> Iterator[PreviewedRow | RowProblem]:
+def preview_rows(path: str, reader: Reader, data_family: str | None = None) -> Iterator[PreviewedRow | RowProblem]:
     """The rows of a file one by one, or why one cannot be used.
 
     Raises:
         UserError: the file as a whole cannot be read.
     """
-    for _, found in stream_examples(path):
+    for _, found in stream_examples(path, data_family):
         yield found if isinstance(found, RowProblem) else _previewed(found, reader)
 
 

@@ -9,9 +9,10 @@ from typing import Any
 
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
+from penchant.disk import write_text
 from penchant.report import verdict
 from penchant.report.figures import number, percent
-from penchant.report.rundir import RunRecord, as_mapping, read_run, write_whole
+from penchant.report.rundir import RunRecord, as_mapping, read_run
 from penchant.report.series import finite
 from penchant.report.settings import loss_doc, loss_text
 
@@ -29,7 +30,9 @@ def write_model_card(run_dir: Path) -> Path:
         UserError: there is no such directory.
     """
     run_dir = Path(run_dir)
-    return write_whole(run_dir / "README.md", _render(read_run(run_dir)))
+    card = run_dir / "README.md"
+    write_text(card, _render(read_run(run_dir)))
+    return card
 
 
 def _render(run: RunRecord) -> str:

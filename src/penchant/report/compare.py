@@ -10,13 +10,14 @@ from typing import Any
 from rich.console import Console
 from rich.text import Text
 
+from penchant.disk import write_text
 from penchant.errors import UserError
 from penchant.report.card import plain
 from penchant.report.figures import Number, number, percent
 from penchant.report.intervals import accuracy_chart
 from penchant.report.render import render_page
 from penchant.report.rows import Column, Row, read_row
-from penchant.report.rundir import clean, write_whole
+from penchant.report.rundir import clean
 from penchant.report.settings import MAIN_SETTINGS, place, setting_text
 from penchant.report.table import Line, fit, lay_out
 from penchant.report.units import EXAMPLE, UNITS, Unit, common
@@ -132,9 +133,10 @@ def write_comparison(comparison: Comparison, path: Path) -> Path:
         same=[(key, setting_text(value)) for key, value in comparison.same.items()],
     )
     try:
-        return write_whole(Path(path), text)
+        write_text(Path(path), text)
     except OSError as error:
         raise UserError(f"'{path}' cannot be written ({error.strerror}).") from None
+    return Path(path)
 
 
 def _table(comparison: Comparison) -> tuple[list[Column], list[Line]]:

@@ -9,12 +9,13 @@ from typing import Any
 
 from markupsafe import Markup
 
+from penchant.disk import write_text
 from penchant.report import verdict
 from penchant.report.charts import Baseline, Line, line_chart, swatch
 from penchant.report.figures import Number, duration, magnitude, number, percent, size
 from penchant.report.judgements import judgements
 from penchant.report.render import clip, render_page
-from penchant.report.rundir import HELD_OUT, RunRecord, as_mapping, read_run, write_whole
+from penchant.report.rundir import HELD_OUT, RunRecord, as_mapping, read_run
 from penchant.report.series import Series, finite, spread_evenly
 from penchant.report.settings import loss_doc, loss_text
 from penchant.report.units import Unit, common, unit_of
@@ -58,7 +59,9 @@ def write_report(run_dir: Path) -> Path:
         UserError: there is no such directory.
     """
     run_dir = Path(run_dir)
-    return write_whole(run_dir / "report.html", _render(read_run(run_dir)))
+    report = run_dir / "report.html"
+    write_text(report, _render(read_run(run_dir)))
+    return report
 
 
 def _render(run: RunRecord) -> str:

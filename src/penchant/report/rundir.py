@@ -1,4 +1,4 @@
-"""The run directory: what a reader can take from it, whole or not, and how a file is put into it."""
+"""The run directory: what a reader can take from it, whole or not."""
 
 from __future__ import annotations
 
@@ -10,7 +10,6 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from penchant.disk import write_text
 from penchant.errors import UserError
 from penchant.report.figures import Number
 from penchant.report.series import Series, finite
@@ -107,12 +106,6 @@ def read_run(run_dir: Path) -> RunRecord:
     _read_pairs(run_dir / "pairs.jsonl", run)
     _read_completions(run_dir / "completions.jsonl", run)
     return run
-
-
-def write_whole(path: Path, text: str) -> Path:
-    """Puts the text at `path` in one move: a reader sees the old file or the new one, never a part."""
-    write_text(path, text)
-    return path
 
 
 def clean(text: str) -> str:

@@ -116,6 +116,7 @@ def execute(
         is_new = not run_dir.exists()
         if not is_new:
             held.enter_context(locked(run_dir))
+            goes_on = check_run_dir(run_dir, overwrite)  # again: whoever held the lock may have come to an end
         checkpoint = _checkpoint_of(run_dir, log) if goes_on else None
         setup = set_up(config, log, data, eval_data, policy, shared)
         describe(setup, log)

@@ -14,12 +14,12 @@ from typing import Any
 from filelock import FileLock, Timeout
 
 from penchant.config import RunConfig
-from penchant.disk import is_leftover, make_folder, remove_leftovers
+from penchant.disk import is_leftover, make_folder, remove_leftovers, write_json
 from penchant.errors import UserError
 from penchant.losses import build_loss
 from penchant.training import hardware
 
-_LOCK, _RUN_FILE = ".lock", "run.yaml"
+_RUN_FILE, _LOCK, _OWNER = "run.yaml", ".lock", ".owner.json"
 
 
 def choose_run_dir(config: RunConfig, kind: str = "") -> Path:
@@ -65,7 +65,7 @@ def check_run_dir(folder: Path, overwrite: bool) -> bool:
         raise UserError(f"output_dir: '{folder}' is a file.")
     is_run = (folder / _RUN_FILE).exists()
     there = folder.iterdir() if folder.exists() else ()
-    if not is_run and any(path.name != _LOCK and not is_leftover(path) for path in there):
+    if not is_run and any(path.name not in (_LOCK, _OWNER) and not is_leftover(path) for path in there):
         raise UserError(f"output_dir: '{folder}' is not empty and is no run directory; choose another.")
     if is_run and not overwrite and read_summary(folder).get("status") == "finished":
         raise UserError(f"output_dir: '{folder}' holds a finished run; choose another, or give --overwrite.")
@@ -105,14 +105,16 @@ def locked(run_dir: Path) -> Iterator[None]:
     try:
         lock.acquire(blocking=False)
     except Timeout:
-        owner = read_summary(run_dir).get("process", {})
+        owner = _read_mapping(run_dir / _OWNER)
         raise UserError(
             f"output_dir: process {owner.get('pid', 'unknown')} on {owner.get('host', 'unknown')} is working on "
             f"'{run_dir}'; wait for it, stop it, or choose another output_dir."
         ) from None
     try:
+        write_json(run_dir / _OWNER, {"pid": os.getpid(), "host": socket.gethostname()})
         yield
     finally:
+        (run_dir / _OWNER).unlink(missing_ok=True)
         lock.release()
 
 
@@ -130,11 +132,6 @@ def claimed(run_dir: Path) -> Iterator[None]:
         yield
 
 
-def this_process() -> dict[str, Any]:
-    """What `summary.json` says of the process that works on a run."""
-    return {"pid": os.getpid(), "host": socket.gethostname()}
-
-
 def open_run_dir(folder: Path, keep: bool) -> None:
     """Clears the run directory; what is whole in it stays only where a run is gone on with."""
     remove_leftovers(folder)
@@ -142,17 +139,13 @@ def open_run_dir(folder: Path, keep: bool) -> None:
     for path in sorted(folder.iterdir(), key=lambda path: path.name == _RUN_FILE) if not keep else ():
         if path.is_dir() and not path.is_symlink():
             shutil.rmtree(path)
-        elif path.name != _LOCK:
+        elif path.name not in (_LOCK, _OWNER):
             path.unlink()
 
 
 def read_summary(run_dir: Path) -> dict[str, Any]:
     """`summary.json`, or nothing where there is none that can be read."""
-    try:
-        summary = json.loads((run_dir / "summary.json").read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        return {}
-    return summary if isinstance(summary, dict) else {}
+    return _read_mapping(run_dir / "summary.json")
 
 
 def is_being_worked_on(run_dir: Path) -> bool:
@@ -160,11 +153,20 @@ def is_being_worked_on(run_dir: Path) -> bool:
     if not (run_dir / _LOCK).exists():
         return False
     try:
-        with locked(run_dir):
+        with FileLock(run_dir / _LOCK, blocking=False):
             return False
-    except UserError:
+    except Timeout:
         return True
 
 
 def _stopped_early(folder: Path) -> bool:
     return read_summary(folder).get("status") != "finished" and not is_being_worked_on(folder)
+
+
+def _read_mapping(path: Path) -> dict[str, Any]:
+    """A JSON object, or nothing where there is none that can be read."""
+    try:
+        value = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return {}
+    return value if isinstance(value, dict) else {}

@@ -27,7 +27,7 @@ from penchant.training.judgements import write_judgements
 from penchant.training.logger import RunLog, count
 from penchant.training.loop import Progress, Training
 from penchant.training.resume import Fingerprint
-from penchant.training.rundir import locked, this_process
+from penchant.training.rundir import locked
 from penchant.training.setup import Setup, make_reference
 from penchant.training.state import read_facts
 from penchant.training.trouble import in_smaller_pieces
@@ -210,7 +210,6 @@ def first_summary(setup: Setup) -> dict[str, Any]:
         "total_steps": setup.steps,
         "examples_seen": 0,
         "working_directory": str(Path.cwd()),
-        "process": this_process(),
         "versions": {
             "python": platform.python_version(),
             **{package: version(package) for package in packages},
