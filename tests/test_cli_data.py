@@ -190,8 +190,8 @@ def test_convert_writes_rows_that_mean_the_same(tmp_path: Path) -> None:
     assert "3 rows written, 1 left out" in done.stderr
     assert f"{data}:4: [D06]" in done.stderr
     back = [json.loads(line) for line in written.read_text().splitlines()]
-    assert [row["preferred_output"][0]["content"] for row in back] == [row["chosen"] for row in rows[:3]]
-    assert [row["input"]["messages"][-1]["content"] for row in back] == [row["prompt"] for row in rows[:3]]
+    assert [row["preferred_output"] for row in back] == [row["chosen"] for row in rows[:3]]
+    assert [row["input"]["messages"] for row in back] == [row["prompt"] for row in rows[:3]]
 
     again = penchant("convert", data, str(written), "--to", "trl")
     assert again.returncode == 2
