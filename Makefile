@@ -4,7 +4,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 STAMP := .venv/.installed
 
-.PHONY: env demo test check format bench clean
+.PHONY: env demo test faults check format bench clean
 
 env: $(STAMP)            ## makes .venv and installs exact versions
 
@@ -24,6 +24,9 @@ check: $(STAMP)          ## formatting, lint, types
 	$(BIN)/ruff format --check
 	$(BIN)/ruff check
 	$(BIN)/mypy
+
+faults: $(STAMP)         ## tries every fault and prints the table; TABLE=FILE keeps it as Markdown
+	$(BIN)/python -m pytest tests/faults --full -p no:cacheprovider $(if $(TABLE),--table $(TABLE))
 
 format: $(STAMP)         ## formats and mends what can be mended
 	$(BIN)/ruff format

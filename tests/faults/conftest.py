@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from .matrix import Matrix
-from .runs import Stable
+from .runs import Workshop
 
 _MATRIX = pytest.StashKey[Matrix]()
 
@@ -39,9 +39,9 @@ def matrix(request: pytest.FixtureRequest) -> Matrix:
 
 
 @pytest.fixture(scope="session")
-def stable(tmp_path_factory: pytest.TempPathFactory, model_folder: Path) -> Iterator[Stable]:
+def workshop(tmp_path_factory: pytest.TempPathFactory, model_folder: Path) -> Iterator[Workshop]:
     """Where runs are begun, struck and begun again."""
-    made = Stable(model_folder, tmp_path_factory.mktemp("stable"))
+    made = Workshop(model_folder, tmp_path_factory.mktemp("workshop"))
     yield made
     made.close()
 

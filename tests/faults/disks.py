@@ -6,6 +6,8 @@ import functools
 import itertools
 import os
 import random
+import shutil
+import signal
 import subprocess
 import sys
 import traceback
@@ -108,6 +110,38 @@ def dies_at(number: int, folder: Path, work: Callable[[], None]) -> bool:
     code = os.waitstatus_to_exitcode(os.waitpid(process, 0)[1])
     assert code in (0, _DEAD), f"operation {number} ended with {code}"
     return code == _DEAD
+
+
+def killed_at(call: str, number: int, work: Callable[[], None]) -> bool:
+    """Does `work` in a process that the kernel kills at its `number`-th system call of that name; whether it did.
+
+    Skips the test where there is no strace, or where it may not look at other processes.
+    """
+    if shutil.which("strace") is None:
+        pytest.skip("strace is not installed")
+    process = os.fork()
+    if process == 0:
+        os.kill(os.getpid(), signal.SIGSTOP)  # until strace is there
+        code = 1
+        try:
+            work()
+            code = 0
+        finally:
+            os._exit(code)
+    os.waitpid(process, os.WUNTRACED)
+    words = ["strace", "-f", "-o", os.devnull, "-p", str(process), "-e", f"trace={call}"]
+    words += ["-e", f"inject={call}:signal=SIGKILL:when={number}"]
+    with subprocess.Popen(words, stderr=subprocess.PIPE, text=True) as strace:
+        assert strace.stderr is not None
+        said = strace.stderr.readline()
+        if "attached" not in said:
+            os.kill(process, signal.SIGKILL)
+        os.kill(process, signal.SIGCONT)
+        code = os.waitstatus_to_exitcode(os.waitpid(process, 0)[1])
+    if "attached" not in said:
+        pytest.skip(f"strace may not be used here: {said.strip()}")
+    assert code in (0, -signal.SIGKILL), f"{call} {number} ended with {code}"
+    return code != 0
 
 
 @contextmanager

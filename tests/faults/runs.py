@@ -35,7 +35,7 @@ _COMMON = (
 _CLOCKS = {"time_s", "tokens_per_s"}
 
 
-class Stable:
+class Workshop:
     """Where runs are begun, struck and begun again: model, data and a folder for each run."""
 
     def __init__(self, model: Path, folder: Path) -> None:

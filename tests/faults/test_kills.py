@@ -12,7 +12,7 @@ import pytest
 
 from .matrix import Matrix, some
 from .nursery import Fault
-from .runs import KINDS, Stable, assert_same
+from .runs import KINDS, Workshop, assert_same
 
 _SAVING = "penchant.training.loop:write_checkpoint"
 _IN_A_SAVE = [
@@ -55,6 +55,7 @@ _ELSEWHERE = {
 """Moments between the beginning of a run and its end."""
 
 _FINISHED = {
+    "before the checkpoints go": Fault("penchant.training.session:forget_insurance"),
     "before the model card": Fault("penchant.training.session:write_model_card"),
     "before the report": Fault("penchant.training.session:write_report"),
     "while the report is written": Fault("os:replace", within="penchant.training.session:write_report"),
@@ -62,37 +63,37 @@ _FINISHED = {
 """Moments when the trained model is there, and not yet all that tells of it."""
 
 
-def test_two_runs_of_one_command_are_the_same_to_the_bit(stable: Stable, matrix: Matrix, full: bool) -> None:
+def test_two_runs_of_one_command_are_the_same_to_the_bit(workshop: Workshop, matrix: Matrix, full: bool) -> None:
     for kind in KINDS if full else list(KINDS)[:1]:
         with matrix.trial(25, "the same command in two processes"):
-            again = stable.run_dir(f"again, {kind}")
-            stable.finish(stable.train(kind, again))
-            assert_same(again, stable.whole(kind))
+            again = workshop.run_dir(f"again, {kind}")
+            workshop.finish(workshop.train(kind, again))
+            assert_same(again, workshop.whole(kind))
 
 
 def test_a_run_killed_at_random_moments_ends_as_if_nothing_had_happened(
-    stable: Stable, matrix: Matrix, full: bool
+    workshop: Workshop, matrix: Matrix, full: bool
 ) -> None:
     dice = random.Random(0)
     kills = life = 0
     while kills < (35 if full else 3):
         kind = list(KINDS)[life % len(KINDS)]
-        kills += live_with_kills(stable, matrix, dice, kind, stable.run_dir(f"random {life}"))
+        kills += live_with_kills(workshop, matrix, dice, kind, workshop.run_dir(f"random {life}"))
         life += 1
 
 
-def live_with_kills(stable: Stable, matrix: Matrix, dice: random.Random, kind: str, run_dir: Path) -> int:
+def live_with_kills(workshop: Workshop, matrix: Matrix, dice: random.Random, kind: str, run_dir: Path) -> int:
     """One run, killed up to three times, also while it resumes; how often it was."""
-    whole, kills = stable.whole(kind), 0
+    whole, kills = workshop.whole(kind), 0
     for _ in range(3):
-        command = stable.start(stable.again(kind, run_dir, dice))
-        command.leave_alone(dice.uniform(0.05, 0.9) * stable.whole_s[kind])
+        command = workshop.start(workshop.again(kind, run_dir, dice))
+        command.leave_alone(dice.uniform(0.05, 0.9) * workshop.whole_s[kind])
         command.send(signal.SIGKILL)
         if command.wait() != -signal.SIGKILL:
             break
         kills += 1
     else:
-        command = stable.start(stable.again(kind, run_dir, dice))
+        command = workshop.start(workshop.again(kind, run_dir, dice))
     if kills:
         with matrix.trial(1, "kill -9 at a random moment", kills):
             assert command.wait() == 0, command.said
@@ -102,27 +103,27 @@ def live_with_kills(stable: Stable, matrix: Matrix, dice: random.Random, kind: s
 
 @pytest.mark.parametrize("number", some(range(len(_IN_A_SAVE)), 0, 1))
 def test_a_run_killed_within_a_save_ends_as_if_nothing_had_happened(
-    number: int, stable: Stable, matrix: Matrix
+    number: int, workshop: Workshop, matrix: Matrix
 ) -> None:
     kind = list(KINDS)[number % len(KINDS)]
-    survive(stable, matrix, "kill -9 within a save", kind, f"in a save {number}", _IN_A_SAVE[number])
+    survive(workshop, matrix, "kill -9 within a save", kind, f"in a save {number}", _IN_A_SAVE[number])
 
 
 @pytest.mark.parametrize("moment", some(_ELSEWHERE, "while the run file is written", "before the model is committed"))
 def test_a_run_killed_at_a_weak_moment_ends_as_if_nothing_had_happened(
-    moment: str, stable: Stable, matrix: Matrix
+    moment: str, workshop: Workshop, matrix: Matrix
 ) -> None:
-    survive(stable, matrix, f"kill -9 {moment}", "dpo", moment, _ELSEWHERE[moment])
+    survive(workshop, matrix, "kill -9 between two stages of a run", "dpo", moment, _ELSEWHERE[moment])
 
 
 @pytest.mark.parametrize("moment", some(_FINISHED, "before the report"))
-def test_a_run_killed_behind_its_end_is_completed_by_resume(moment: str, stable: Stable, matrix: Matrix) -> None:
-    kind, run_dir = "dpo, saved by the clock", stable.run_dir(moment)
-    struck = stable.start(stable.train(kind, run_dir), _FINISHED[moment])
+def test_a_run_killed_behind_its_end_is_completed_by_resume(moment: str, workshop: Workshop, matrix: Matrix) -> None:
+    kind, run_dir = "dpo, saved by the clock", workshop.run_dir(moment)
+    struck = workshop.start(workshop.train(kind, run_dir), _FINISHED[moment])
     assert struck.wait() == -signal.SIGKILL, struck.said
-    with matrix.trial(1, f"kill -9 {moment}"):
-        stable.finish(["resume", str(run_dir)])
-        assert_same(run_dir, stable.whole(kind))
+    with matrix.trial(1, "kill -9 behind the end, before the report"):
+        workshop.finish(["resume", str(run_dir)])
+        assert_same(run_dir, workshop.whole(kind))
 
 
 _RESUMING = {
@@ -139,16 +140,16 @@ _RESUMING = {
 
 @pytest.mark.parametrize("moment", some(_RESUMING, "between the two logs"))
 def test_a_run_killed_again_while_it_resumes_ends_as_if_nothing_had_happened(
-    moment: str, stable: Stable, matrix: Matrix
+    moment: str, workshop: Workshop, matrix: Matrix
 ) -> None:
-    run_dir = stable.run_dir(f"resuming, {moment}")
-    words = stable.train("dpo", run_dir)
-    assert stable.start(words, Fault(_SAVING, 4)).wait() == -signal.SIGKILL
-    again = stable.start(["resume", str(run_dir)], _RESUMING[moment])
+    run_dir = workshop.run_dir(f"resuming, {moment}")
+    words = workshop.train("dpo", run_dir)
+    assert workshop.start(words, Fault(_SAVING, 4)).wait() == -signal.SIGKILL
+    again = workshop.start(["resume", str(run_dir)], _RESUMING[moment])
     assert again.wait() == -signal.SIGKILL, again.said
-    with matrix.trial(1, f"kill -9 in resuming, {moment}"):
-        stable.finish(words)
-        assert_same(run_dir, stable.whole("dpo"))
+    with matrix.trial(1, "kill -9 while it resumes"):
+        workshop.finish(words)
+        assert_same(run_dir, workshop.whole("dpo"))
 
 
 _OVERWRITING = {
@@ -164,52 +165,52 @@ _OVERWRITING = {
 
 @pytest.mark.parametrize("moment", some(_OVERWRITING, "as files go"))
 def test_a_run_killed_while_it_takes_the_place_of_an_old_one_is_begun_by_the_same_command(
-    moment: str, stable: Stable, matrix: Matrix
+    moment: str, workshop: Workshop, matrix: Matrix
 ) -> None:
-    run_dir = stable.run_dir(f"overwriting {moment}")
-    shutil.copytree(stable.whole("kto"), run_dir)
-    words = stable.train("dpo", run_dir, "--overwrite")
-    struck = stable.start(words, _OVERWRITING[moment])
+    run_dir = workshop.run_dir(f"overwriting {moment}")
+    shutil.copytree(workshop.whole("kto"), run_dir)
+    words = workshop.train("dpo", run_dir, "--overwrite")
+    struck = workshop.start(words, _OVERWRITING[moment])
     assert struck.wait() == -signal.SIGKILL, struck.said
-    with matrix.trial(1, f"kill -9 in --overwrite, {moment}"):
-        stable.finish(words)
-        assert_same(run_dir, stable.whole("dpo"))
+    with matrix.trial(1, "kill -9 while --overwrite clears an old run"):
+        workshop.finish(words)
+        assert_same(run_dir, workshop.whole("dpo"))
 
 
 @pytest.mark.full
 def test_a_run_that_was_given_no_place_is_found_again_by_the_same_command(
-    stable: Stable, matrix: Matrix, tmp_path: Path
+    workshop: Workshop, matrix: Matrix, tmp_path: Path
 ) -> None:
-    words = stable.train("dpo", Path("unused"))[:-2]  # without output_dir
-    assert stable.start(words, Fault(_SAVING, 4), cwd=tmp_path).wait() == -signal.SIGKILL
+    words = workshop.train("dpo", Path("unused"))[:-2]  # without output_dir
+    assert workshop.start(words, Fault(_SAVING, 4), cwd=tmp_path).wait() == -signal.SIGKILL
     with matrix.trial(1, "kill -9 of a run without output_dir"):
-        command = stable.start(words, cwd=tmp_path)
+        command = workshop.start(words, cwd=tmp_path)
         assert command.wait() == 0, command.said
         (run_dir,) = (tmp_path / "runs").iterdir()
-        assert_same(run_dir, stable.whole("dpo"))
+        assert_same(run_dir, workshop.whole("dpo"))
 
 
 _TORN = {"a line": b'{"step": 9, "lo', "a letter": "one \u00e4".encode()[:-1], "zeros": b"\x00" * 20}
 
 
 @pytest.mark.parametrize("end", some(_TORN, "a letter"))
-def test_a_log_that_ends_in_half_a_line_is_mended(end: str, stable: Stable, matrix: Matrix) -> None:
-    run_dir = stable.run_dir(f"torn, {end}")
-    assert stable.start(stable.train("dpo", run_dir), Fault(_SAVING, 4)).wait() == -signal.SIGKILL
+def test_a_log_that_ends_in_half_a_line_is_mended(end: str, workshop: Workshop, matrix: Matrix) -> None:
+    run_dir = workshop.run_dir(f"torn, {end}")
+    assert workshop.start(workshop.train("dpo", run_dir), Fault(_SAVING, 4)).wait() == -signal.SIGKILL
     for name in ("metrics.jsonl", "events.jsonl"):
         with (run_dir / name).open("ab") as log:
             log.write(_TORN[end])
-    with matrix.trial(28, "a log that ends in half a line"):
-        stable.finish(["resume", str(run_dir)])
-        assert_same(run_dir, stable.whole("dpo"))
+    with matrix.trial(28, "a log that was cut in the middle of a line"):
+        workshop.finish(["resume", str(run_dir)])
+        assert_same(run_dir, workshop.whole("dpo"))
         assert all(json.loads(line) for line in (run_dir / "events.jsonl").read_text().splitlines())
 
 
-def survive(stable: Stable, matrix: Matrix, fault: str, kind: str, name: str, strike: Fault) -> None:
+def survive(workshop: Workshop, matrix: Matrix, fault: str, kind: str, name: str, strike: Fault) -> None:
     """Strikes a run and gives the same command again."""
-    run_dir = stable.run_dir(name)
-    struck = stable.start(stable.train(kind, run_dir), strike)
+    run_dir = workshop.run_dir(name)
+    struck = workshop.start(workshop.train(kind, run_dir), strike)
     assert struck.wait() == -signal.SIGKILL, f"{strike} was never reached:\n{struck.said}"
     with matrix.trial(1, fault):
-        stable.finish(stable.train(kind, run_dir))
-        assert_same(run_dir, stable.whole(kind))
+        workshop.finish(workshop.train(kind, run_dir))
+        assert_same(run_dir, workshop.whole(kind))

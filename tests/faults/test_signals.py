@@ -12,7 +12,7 @@ from penchant.training.checkpoint import newest_checkpoint
 
 from .matrix import Matrix, some
 from .nursery import Fault
-from .runs import Stable, assert_same, summary_of
+from .runs import Workshop, assert_same, summary_of
 
 _PHASES = {
     "tokenizing": ("penchant.data.chat:encode", 5, True),
@@ -43,32 +43,32 @@ def stop_in_step(step: int, signum: int) -> Fault:
 
 @pytest.mark.parametrize("phase", some(_PHASES, "tokenizing", "a step, between microbatches", "the last evaluation"))
 def test_sigterm_ends_a_run_with_143_and_it_goes_on_to_the_same_bits(
-    phase: str, stable: Stable, matrix: Matrix
+    phase: str, workshop: Workshop, matrix: Matrix
 ) -> None:
     place, call, is_early = _PHASES[phase]
-    run_dir = stable.run_dir(f"stopped in {phase}")
-    words = stable.train("dpo", run_dir)
-    with matrix.trial(8, f"SIGTERM in {phase}"):
-        stopped = stable.start(words, Fault(place, call, signal.SIGTERM))
-        assert stopped.wait(at_most_s=60) == 143, stopped.said
+    run_dir = workshop.run_dir(f"stopped in {phase}")
+    words = workshop.train("dpo", run_dir)
+    with matrix.trial(8, "SIGTERM in each phase, from tokenizing to saving"):
+        stopped = workshop.start(words, Fault(place, call, signal.SIGTERM))
+        assert stopped.wait(at_most_s=30) == 143, stopped.said
         if run_dir.exists():
             assert summary_of(run_dir)["status"] == "interrupted"
             assert summary_of(run_dir)["signal"] == signal.SIGTERM
         assert newest_step(run_dir) is not None or is_early
-        stable.finish(["resume", str(run_dir)] if run_dir.exists() else words)
-        assert_same(run_dir, stable.whole("dpo"))
+        workshop.finish(["resume", str(run_dir)] if run_dir.exists() else words)
+        assert_same(run_dir, workshop.whole("dpo"))
 
 
 @pytest.mark.full
-def test_sigterm_at_random_moments_loses_nothing(stable: Stable, matrix: Matrix) -> None:
-    dice, whole = random.Random(8), stable.whole("kto")
+def test_sigterm_at_random_moments_loses_nothing(workshop: Workshop, matrix: Matrix) -> None:
+    dice, whole = random.Random(8), workshop.whole("kto")
     for number in range(6):
-        run_dir, stops, code = stable.run_dir(f"random stops {number}"), 0, None
+        run_dir, stops, code = workshop.run_dir(f"random stops {number}"), 0, None
         while code != 0:
-            command = stable.start(stable.train("kto", run_dir))
-            command.leave_alone(dice.uniform(0.1, 0.9) * stable.whole_s["kto"] if stops < 3 else 60)
+            command = workshop.start(workshop.train("kto", run_dir))
+            command.leave_alone(dice.uniform(0.1, 0.9) * workshop.whole_s["kto"] if stops < 3 else 60)
             command.send(signal.SIGTERM)
-            code = command.wait(at_most_s=60)
+            code = command.wait(at_most_s=30)
             assert code in (0, 143, -signal.SIGTERM), command.said  # the last: before the command could listen
             stops += code != 0
         if stops:
@@ -78,61 +78,61 @@ def test_sigterm_at_random_moments_loses_nothing(stable: Stable, matrix: Matrix)
 
 @pytest.mark.parametrize("number", some(range(3), 0))
 def test_a_second_sigterm_while_the_first_is_served_corrupts_nothing(
-    number: int, stable: Stable, matrix: Matrix
+    number: int, workshop: Workshop, matrix: Matrix
 ) -> None:
     again = [
         Fault("penchant.training.state:save_file", 3, signal.SIGTERM),
         Fault("os:rename", 3, signal.SIGTERM, within="penchant.training.loop:write_checkpoint", returned=True),
         Fault("penchant.training.session:Session.keep", 8, signal.SIGTERM),
     ]
-    run_dir = stable.run_dir(f"stopped twice {number}")
+    run_dir = workshop.run_dir(f"stopped twice {number}")
     with matrix.trial(8, "a second SIGTERM during the save"):
-        stopped = stable.start(stable.train("dpo", run_dir), stop_in_step(8, signal.SIGTERM), again[number])
-        assert stopped.wait(at_most_s=60) == 143, stopped.said
+        stopped = workshop.start(workshop.train("dpo", run_dir), stop_in_step(8, signal.SIGTERM), again[number])
+        assert stopped.wait(at_most_s=30) == 143, stopped.said
         assert newest_step(run_dir) == 8
-        stable.finish(["resume", str(run_dir)])
-        assert_same(run_dir, stable.whole("dpo"))
+        workshop.finish(["resume", str(run_dir)])
+        assert_same(run_dir, workshop.whole("dpo"))
 
 
-def test_one_ctrl_c_saves_the_step_in_hand_and_ends_with_130(stable: Stable, matrix: Matrix) -> None:
-    run_dir = stable.run_dir("ctrl-c")
+def test_one_ctrl_c_saves_the_step_in_hand_and_ends_with_130(workshop: Workshop, matrix: Matrix) -> None:
+    run_dir = workshop.run_dir("ctrl-c")
     with matrix.trial(9, "Ctrl-C once"):
-        stopped = stable.start(stable.train("dpo", run_dir), stop_in_step(8, signal.SIGINT))
-        assert stopped.wait(at_most_s=60) == 130, stopped.said
+        stopped = workshop.start(workshop.train("dpo", run_dir), stop_in_step(8, signal.SIGINT))
+        assert stopped.wait(at_most_s=30) == 130, stopped.said
         assert newest_step(run_dir) == 8
         assert f"`penchant resume {run_dir}` goes on" in stopped.said
-        stable.finish(["resume", str(run_dir)])
-        assert_same(run_dir, stable.whole("dpo"))
+        workshop.finish(["resume", str(run_dir)])
+        assert_same(run_dir, workshop.whole("dpo"))
 
 
 _AGAIN = {
     "the save": Fault("penchant.training.state:save_file", 3, signal.SIGINT),
     "the report": Fault("penchant.training.session:write_report", 1, signal.SIGINT),
-    "a step": Fault("penchant.training.logger:Meter.advance", 9, signal.SIGINT),
+    "the same step": stop_in_step(8, signal.SIGINT),
 }
 """Where the second Ctrl-C comes."""
 
 
 @pytest.mark.parametrize("place", some(_AGAIN, "the save"))
 def test_ctrl_c_twice_stops_at_once_and_the_last_checkpoint_is_whole(
-    place: str, stable: Stable, matrix: Matrix
+    place: str, workshop: Workshop, matrix: Matrix
 ) -> None:
-    run_dir = stable.run_dir(f"ctrl-c twice, {place}")
+    run_dir = workshop.run_dir(f"ctrl-c twice, {place}")
     with matrix.trial(9, "Ctrl-C twice"):
-        stopped = stable.start(stable.train("dpo", run_dir), stop_in_step(8, signal.SIGINT), _AGAIN[place])
-        assert stopped.wait(at_most_s=60) == 130, stopped.said
+        stopped = workshop.start(workshop.train("dpo", run_dir), stop_in_step(8, signal.SIGINT), _AGAIN[place])
+        assert stopped.wait(at_most_s=30) == 130, stopped.said
         assert newest_step(run_dir) in (6, 8)
         assert "Traceback" not in stopped.said
-        stable.finish(["resume", str(run_dir)])
-        assert_same(run_dir, stable.whole("dpo"))
+        workshop.finish(["resume", str(run_dir)])
+        assert_same(run_dir, workshop.whole("dpo"))
 
 
 @pytest.mark.full
-def test_a_signal_while_the_trained_model_is_written_lets_it_be_written(stable: Stable, matrix: Matrix) -> None:
-    run_dir = stable.run_dir("stopped at the very end")
-    with matrix.trial(8, "SIGTERM in the writing of the trained model (finishes, 0)"):
-        stopped = stable.start(
-            stable.train("dpo", run_dir), Fault("penchant.training.session:save_model", 1, signal.SIGTERM)
+def test_a_signal_while_the_trained_model_is_written_lets_it_be_written(workshop: Workshop, matrix: Matrix) -> None:
+    run_dir = workshop.run_dir("stopped at the very end")
+    with matrix.trial(8, "SIGTERM while the trained model is written: finishes"):
+        stopped = workshop.start(
+            workshop.train("dpo", run_dir), Fault("penchant.training.session:save_model", 1, signal.SIGTERM)
         )
-        assert stopped.wait(at_most_s=60) == 0, stopped.said
-        assert_same(run_dir, stable.whole("dpo"))
+        assert stopped.wait(at_most_s=30) == 0, stopped.said
+        assert_same(run_dir, workshop.whole("dpo"))

@@ -91,7 +91,6 @@ CONSTANT = {"lr_scheduler": "constant", "warmup_ratio": 0, "num_train_epochs": 9
 def test_one_step_that_is_not_finite_costs_that_step_and_no_more(
     kind: str, model_folder: Path, tmp_path: Path, poison: Any, matrix: Matrix
 ) -> None:
-    clean = losses_of(train_unseen(model_folder, tmp_path / "clean", max_steps=6, **CONSTANT))
     poison(POISONS[kind], {3})
     with matrix.trial(10, f"{kind}, once"):
         result = train_unseen(model_folder, tmp_path, max_steps=6, **CONSTANT)
@@ -101,8 +100,8 @@ def test_one_step_that_is_not_finite_costs_that_step_and_no_more(
         records = lines_of(result.run_dir / "metrics.jsonl")
         assert [record["step"] for record in records] == [1, 2, 3, 4, 5, 6]
         losses = [record.get("loss") for record in records]
-        assert losses[:3] == [*clean[:2], None]
-        assert losses[5] < losses[1]
+        assert losses[2] is None
+        assert losses[0] > losses[3] > losses[5]
 
 
 def test_a_step_that_is_not_finite_changes_neither_weights_nor_moments(
@@ -223,7 +222,14 @@ def spike(policy: Any, loss: float) -> float:
 def test_a_spike_is_flagged_and_skipping_it_leaves_the_run_as_it_was(
     model_folder: Path, tmp_path: Path, poison: Any, monkeypatch: pytest.MonkeyPatch, matrix: Matrix
 ) -> None:
-    settings = {"data": rows(40), "max_steps": 38, "eval_steps": 99, "num_samples": 0, "sample_max_new_tokens": 128}
+    settings = {
+        "data": rows(40),
+        "batch_size": 2,
+        "max_steps": 38,
+        "eval_steps": 99,
+        "num_samples": 0,
+        "sample_max_new_tokens": 128,
+    }
     settings |= {**CONSTANT, "max_grad_norm": 1e6, "learning_rate": 5e-5}
     clean = train(model_folder, tmp_path / "clean", **settings)
     poison(spike, {35})
@@ -326,7 +332,7 @@ def little_memory(monkeypatch: pytest.MonkeyPatch) -> Callable[..., None]:
 def test_batches_are_cut_smaller_and_no_number_changes(
     error: Exception, settings: Any, model_folder: Path, tmp_path: Path, little_memory: Any, matrix: Matrix
 ) -> None:
-    more = {**settings, "max_steps": 3, "data": rows(16), "batch_size": 8, "num_samples": 0, "dtype": "float32"}
+    more = {**settings, "max_steps": 2, "data": rows(16), "batch_size": 8, "num_samples": 0, "dtype": "float32"}
     more |= {"sample_max_new_tokens": 128, "learning_rate": 1e-3}
     clean = metrics_of(train(model_folder, tmp_path / "clean", **more).run_dir)
     little_memory(120, error, after=3)
@@ -335,7 +341,7 @@ def test_batches_are_cut_smaller_and_no_number_changes(
         for one, other, name in zip(clean, metrics_of(run.run_dir), ("loss", "eval_loss"), strict=True):
             assert [record[name] for record in other] == pytest.approx([record[name] for record in one], rel=1e-6)
         assert codes_of(run.run_dir)[0][0] == "out-of-memory"
-        assert run.summary["examples_seen"] == 24
+        assert run.summary["examples_seen"] == 16
 
 
 @pytest.mark.parametrize(

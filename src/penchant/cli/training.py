@@ -116,9 +116,9 @@ def _resume(options: argparse.Namespace) -> int:
 
     overrides = _overrides(options)
     if read_summary(options.run_dir).get("status") == "finished" and not overrides:
-        from penchant.training.session import complete_pages
+        from penchant.training.session import round_off
 
-        complete_pages(options.run_dir)
+        round_off(options.run_dir)
         print(f"{options.run_dir} is finished; there is nothing to go on with.", file=sys.stderr)
         return 0
     return _end(execute(config_of(options.run_dir, overrides), allow_change=_allowed(options)), options.json)

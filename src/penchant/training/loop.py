@@ -8,6 +8,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
+from penchant.config import RunConfig
 from penchant.data.loader import Draw
 from penchant.disk import sync
 from penchant.evaluate.heldout import Evaluation, evaluate
@@ -162,12 +163,6 @@ class Training:
         except OSError as error:
             self._report_failed_save(error)
 
-    def forget_insurance(self) -> None:
-        """After a finished run: lets the checkpoints go that were only there to resume from."""
-        config = self.setup.config
-        keep = config.keep_checkpoints if config.save_steps else 0
-        rotate(self.run_dir / CHECKPOINTS, keep, self.progress.best_step if config.save_best else None)
-
     def _step(self, draw: Draw) -> str:
         """Takes one step; what to show beside the progress bar."""
         setup, progress, config, step = self.setup, self.progress, self.setup.config, self.progress.step + 1
@@ -280,3 +275,9 @@ class Training:
             f"before it are as they were. Make room in {self.run_dir / CHECKPOINTS}"
         )
         self.log.event("major", "checkpoint-failed", message, self.progress.step)
+
+
+def forget_insurance(run_dir: Path, config: RunConfig, best_step: int | None) -> None:
+    """After a finished run: lets the checkpoints go that were only there to resume from."""
+    keep = config.keep_checkpoints if config.save_steps else 0
+    rotate(run_dir / CHECKPOINTS, keep, best_step if config.save_best else None)

@@ -11,6 +11,7 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
+from penchant.config import load_config
 from penchant.disk import remove_leftovers, write_json, write_json_lines
 from penchant.errors import UserError
 from penchant.losses import Loss, WeightedSum
@@ -25,9 +26,9 @@ from penchant.training.describe import layout_sentence, num_parameters
 from penchant.training.identity import check_identity
 from penchant.training.judgements import write_judgements
 from penchant.training.logger import RunLog, count
-from penchant.training.loop import Progress, Training
+from penchant.training.loop import Progress, Training, forget_insurance
 from penchant.training.resume import Fingerprint
-from penchant.training.rundir import locked
+from penchant.training.rundir import locked, read_summary
 from penchant.training.setup import Setup, make_reference
 from penchant.training.state import read_facts
 from penchant.training.trouble import in_smaller_pieces
@@ -111,8 +112,8 @@ class Session:
         ]
         write_json_lines(run_dir / "samples.jsonl", samples)
         self._save_model()
-        self.keep(status="finished")
-        training.forget_insurance()
+        self.keep(status="finished", best_step=training.progress.best_step)
+        forget_insurance(run_dir, setup.config, training.progress.best_step)
         log.say("model", str(run_dir / "model"))
 
     def _save_model(self) -> None:
@@ -152,14 +153,16 @@ class Session:
             self.keep(tokens_per_s=round(progress.tokens_seen / progress.train_s, 1))
 
 
-def complete_pages(run_dir: Path) -> None:
-    """Writes what still has to tell of a finished run, which a kill in its last moment may have left out.
+def round_off(run_dir: Path) -> None:
+    """Does for a finished run what a kill in its last moment may have left undone.
 
     Raises:
         UserError: another process works on it.
     """
     with locked(run_dir):
         remove_leftovers(run_dir)
+        config, summary = load_config(str(run_dir / "run.yaml"), {}), read_summary(run_dir)
+        forget_insurance(run_dir, config, summary.get("best_step"))
         if not (run_dir / "README.md").exists():  # one that is there may have been edited
             write_model_card(run_dir)
         write_report(run_dir)
