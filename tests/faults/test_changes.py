@@ -180,6 +180,22 @@ def test_an_allowed_change_is_the_rule_from_then_on(
         assert main(["resume", str(run_dir), "--allow-change", "beta"]) == 0
 
 
+def test_what_was_allowed_stays_allowed_when_no_checkpoint_came_to_say_so(
+    runs: Runs, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run_dir = runs.stopped()
+
+    def dies(*arguments: object) -> None:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr("penchant.training.loop.train_step", dies)
+        assert main(["resume", str(run_dir), "--loss.beta", "0.3", "--allow-change", "beta"]) == 130
+    assert main(["resume", str(run_dir), "--loss.beta", "0.4"]) == 2
+    assert main(["resume", str(run_dir)]) == 0
+    assert json.loads((run_dir / "summary.json").read_text())["loss"]["beta"] == 0.3
+
+
 def test_a_change_may_not_bring_another_shape_with_it(
     runs: Runs,
     matrix: Matrix,

@@ -160,8 +160,8 @@ def _sweep(run_file: str | None, overrides: dict[str, Any], options: argparse.Na
         comparison = compare(done.run_dirs)
         show_comparison(comparison, options.json)
         print(write_comparison(comparison, done.folder / "compare.html"), file=sys.stderr)
-    if done.interrupted:
-        return 130
+    if done.stopped_by is not None:
+        return 128 + done.stopped_by
     return 2 if done.failures else 0
 
 

@@ -95,7 +95,8 @@ class Training:
         window = facts["window"]
         self.window = Window(Means.from_json(window["means"]), window["tokens"], window["seconds"])
         self.spikes = Spikes.from_json(facts["spikes"])
-        self.setup.max_tokens = min(self.setup.max_tokens, facts["max_tokens"])
+        if self.setup.config.microbatch_tokens == facts["microbatch_tokens"]:  # else the user knows better by now
+            self.setup.max_tokens = min(self.setup.max_tokens, facts["max_tokens"])
         if self.progress.step >= self.total:
             self.progress.evaluated_at = -1  # what comes after the last step needs the rewards that it gave
         self._saved_step = checkpoint.step
@@ -144,6 +145,7 @@ class Training:
             "progress": asdict(progress),
             "window": window,
             "spikes": self.spikes.to_json(),
+            "microbatch_tokens": config.microbatch_tokens,
             "max_tokens": self.setup.max_tokens,
             **self.extras,
         }

@@ -9,10 +9,10 @@ from pathlib import Path
 from typing import Any
 
 from penchant.config import RunConfig, load_config, option_names
-from penchant.disk import read_json_lines, sha256_of, write_json_lines
+from penchant.disk import read_json_lines, sha256_of, write_json, write_json_lines
 from penchant.errors import UserError, nearest
 from penchant.models.fingerprints import template_sha256, tokenizer_sha256
-from penchant.training.rundir import read_summary
+from penchant.training.rundir import read_mapping, read_summary
 from penchant.training.setup import Setup
 
 _FREE = {
@@ -23,6 +23,8 @@ _FREE = {
 
 _BY_CONTENT = ("model", "data", "eval_data", "chat_template", "reference.model")
 """Keys that name files: their content is compared, not where it lies."""
+
+_ALLOWED = "allowed_changes.json"
 
 Fingerprint = dict[str, Any]
 """What the result of a run depends on, by the name of the key: settings as they are, files as hashes."""
@@ -35,7 +37,7 @@ def fingerprint(setup: Setup) -> Fingerprint:
     """Everything that the rest of the run depends on."""
     config, findings, tokenizer = setup.config, setup.datasets.findings, setup.policy.tokenizer
     heldout = findings["eval"]
-    print_ = {
+    found = {
         **_settings(config),
         **_flat({"loss": setup.loss.settings()}),
         "learning_rate": config.peak_learning_rate(),
@@ -48,7 +50,7 @@ def fingerprint(setup: Setup) -> Fingerprint:
         "eval_data": heldout and heldout["sha256"],
         "reference.model": config.reference.model and _content_of(config.reference.model),
     }
-    return dict(json.loads(json.dumps(print_)))  # as a checkpoint will give it back
+    return dict(json.loads(json.dumps(found)))  # as a checkpoint will give it back
 
 
 def changes_since(then: Fingerprint, now: Fingerprint) -> Changes:
@@ -90,6 +92,16 @@ def refuse_changes(changes: Changes, allowed: Sequence[str], run_dir: Path, step
             + f"\nGo on all the same with --allow-change {names}, begin anew with `penchant train ... "
             "--overwrite`, or choose another output_dir."
         )
+
+
+def remember_allowed(run_dir: Path, current: Fingerprint) -> None:
+    """Keeps what was allowed, should the run be killed before a checkpoint says so."""
+    write_json(run_dir / _ALLOWED, current)
+
+
+def was_allowed(run_dir: Path, current: Fingerprint) -> bool:
+    """Whether exactly this was allowed before."""
+    return read_mapping(run_dir / _ALLOWED) == current
 
 
 def describe_changes(changes: Changes) -> str:

@@ -11,6 +11,7 @@ from typing import Any
 from penchant import stopping
 from penchant.config import RunConfig, config_from
 from penchant.disk import free_bytes, write_json, write_text
+from penchant.doctor.preview import names_of
 from penchant.losses import Loss
 from penchant.scoring.policy import Policy
 from penchant.training import hardware
@@ -27,6 +28,8 @@ from penchant.training.resume import (
     describe_changes,
     fingerprint,
     refuse_changes,
+    remember_allowed,
+    was_allowed,
 )
 from penchant.training.rundir import (
     check_run_dir,
@@ -42,7 +45,6 @@ from penchant.training.session import Session, first_summary
 from penchant.training.setup import Setup, set_up
 from penchant.training.shared import Shared
 from penchant.training.state import expected_checkpoint_bytes, read_facts
-from penchant.types import TokenizedExample
 
 
 @dataclass(frozen=True)
@@ -120,10 +122,10 @@ def execute(
         checkpoint = _checkpoint_of(run_dir, log) if goes_on else None
         setup = set_up(config, log, data, eval_data, policy, shared)
         describe(setup, log)
-        print_ = fingerprint(setup)
-        changes = changes_since(read_facts(checkpoint)["fingerprint"], print_) if checkpoint else {}
-        check_allowed(allow_change, print_, changes)
-        if checkpoint:
+        current = fingerprint(setup)
+        changes = changes_since(read_facts(checkpoint)["fingerprint"], current) if checkpoint else {}
+        check_allowed(allow_change, current, changes)
+        if checkpoint and not was_allowed(run_dir, current):
             refuse_changes(changes, allow_change, run_dir, checkpoint.step)
         _warn_of_little_room(setup, run_dir, log)
         if is_new:
@@ -138,7 +140,9 @@ def execute(
         log.keep_in(run_dir)
         if goes_on:
             _say_going_on(log, checkpoint, setup.steps, changes)
-        run = Session(setup, log, run_dir, print_, checkpoint, summary)
+        if changes:
+            remember_allowed(run_dir, current)
+        run = Session(setup, log, run_dir, current, checkpoint, summary)
         run.complete()
     return RunResult(run_dir, run.summary)
 
@@ -152,10 +156,10 @@ def dry_run(config: RunConfig, log: RunLog | None = None, num_rows: int = 2) -> 
     log = log or RunLog()
     setup = set_up(config, log)
     describe(setup, log)
-    tokenizer = setup.policy.tokenizer
+    tokenizer, texts = setup.policy.tokenizer, setup.datasets.train.texts
     rows = []
     for example in setup.datasets.train.examples[:num_rows]:
-        completions = zip(_completion_names(example), example.completion_ids, strict=True)
+        completions = zip(names_of(texts[example.index]), example.completion_ids, strict=True)
         rows.append({name: tokenizer.decode(ids) for name, ids in [("prompt", example.prompt_ids), *completions]})
     for row in rows:
         for name, text in row.items():
@@ -212,14 +216,6 @@ def _warn_of_little_room(setup: Setup, run_dir: Path, log: RunLog) -> None:
             "one is written before the oldest goes"
         )
         log.event("warn", "little-room", message, step=0)
-
-
-def _completion_names(example: TokenizedExample) -> list[str]:
-    if len(example.completion_ids) == 1:
-        return [{True: "desirable", False: "undesirable", None: "completion"}[example.is_desirable]]
-    if len(example.completion_ids) == 2:
-        return ["chosen", "rejected"]
-    return [f"rank {place}" for place in range(1, len(example.completion_ids) + 1)]
 
 
 def _name_of(source: Any) -> str:

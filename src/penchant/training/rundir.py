@@ -105,7 +105,7 @@ def locked(run_dir: Path) -> Iterator[None]:
     try:
         lock.acquire(blocking=False)
     except Timeout:
-        owner = _read_mapping(run_dir / _OWNER)
+        owner = read_mapping(run_dir / _OWNER)
         raise UserError(
             f"output_dir: process {owner.get('pid', 'unknown')} on {owner.get('host', 'unknown')} is working on "
             f"'{run_dir}'; wait for it, stop it, or choose another output_dir."
@@ -145,7 +145,7 @@ def open_run_dir(folder: Path, keep: bool) -> None:
 
 def read_summary(run_dir: Path) -> dict[str, Any]:
     """`summary.json`, or nothing where there is none that can be read."""
-    return _read_mapping(run_dir / "summary.json")
+    return read_mapping(run_dir / "summary.json")
 
 
 def is_being_worked_on(run_dir: Path) -> bool:
@@ -163,7 +163,7 @@ def _stopped_early(folder: Path) -> bool:
     return read_summary(folder).get("status") != "finished" and not is_being_worked_on(folder)
 
 
-def _read_mapping(path: Path) -> dict[str, Any]:
+def read_mapping(path: Path) -> dict[str, Any]:
     """A JSON object, or nothing where there is none that can be read."""
     try:
         value = json.loads(path.read_text(encoding="utf-8"))

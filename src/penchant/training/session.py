@@ -43,12 +43,12 @@ class Session:
         setup: Setup,
         log: RunLog,
         run_dir: Path,
-        print_: Fingerprint,
+        fingerprint: Fingerprint,
         checkpoint: Checkpoint | None,
         summary: dict[str, Any],
     ) -> None:
         self.setup, self.log, self.run_dir, self.summary = setup, log, run_dir, summary
-        self.fingerprint, self.checkpoint = print_, checkpoint
+        self.fingerprint, self.checkpoint = fingerprint, checkpoint
         self.training: Training | None = None
         self._started = time.monotonic()
 

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from penchant import stopping
 from penchant.config import RunConfig, load_config, parse_value
 from penchant.errors import UserError
 from penchant.losses import build_loss
@@ -20,12 +21,13 @@ from penchant.training.shared import Shared
 
 @dataclass(frozen=True)
 class Sweep:
-    """What became of a sweep: the folders of its runs, those that failed with their reasons, whether it was stopped."""
+    """What became of a sweep: the folders of its runs, and those that failed with their reasons."""
 
     folder: Path
     run_dirs: list[Path]
     failures: dict[str, str]
-    interrupted: bool
+    stopped_by: int | None = None
+    """The signal that ended it early."""
 
 
 def parse_sweep(axes: Sequence[str]) -> list[dict[str, Any]]:
@@ -75,9 +77,15 @@ def run_sweep(
             raise UserError(f"--sweep: two of the runs would both be called '{name}'")
         configs[name] = load_config(run_file, {**overrides, **combination, "output_dir": str(folder / name)})
         build_loss(configs[name].loss_settings())  # speaks up now, not hours later
+    with stopping.listening():
+        return _train_all(folder, configs, overwrite, log)
+
+
+def _train_all(folder: Path, configs: Mapping[str, RunConfig], overwrite: bool, log: RunLog) -> Sweep:
     shared = Shared()
     failures: dict[str, str] = {}
     for number, (name, config) in enumerate(configs.items(), start=1):
+        stopping.check()
         run_dir = folder / name
         log.say("run", f"{number} of {len(configs)}: {name}")
         if not overwrite and read_summary(run_dir).get("status") == "finished" and is_run_of(run_dir, config):
@@ -90,10 +98,10 @@ def run_sweep(
             log.say("run", f"failed: {error}")
             continue
         if result.summary["status"] == "interrupted":
-            return Sweep(folder, _runs_in(folder, configs), failures, interrupted=True)
+            return Sweep(folder, _runs_in(folder, configs), failures, result.summary["signal"])
     if failures:
         log.say("sweep", f"{count(len(failures), 'run')} of {len(configs)} failed: {', '.join(failures)}")
-    return Sweep(folder, _runs_in(folder, configs), failures, interrupted=False)
+    return Sweep(folder, _runs_in(folder, configs), failures)
 
 
 def _name(combination: Mapping[str, Any]) -> str:
