@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Generator, Iterator
 from pathlib import Path
 
 import pytest
@@ -14,8 +14,9 @@ _MATRIX = pytest.StashKey[Matrix]()
 
 
 def pytest_configure(config: pytest.Config) -> None:
-    """The marker of what only `make faults` tries."""
+    """The markers of what only `make faults` tries, and of tests that are one try each."""
     config.addinivalue_line("markers", "full: a fault that is tried with --full only")
+    config.addinivalue_line("markers", "fault(row, name): the test is one try of a fault; survived when it passes")
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
@@ -24,6 +25,16 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
         left_out = [item for item in items if item.get_closest_marker("full")]
         items[:] = [item for item in items if item not in left_out]
         config.hook.pytest_deselected(items=left_out)
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_makereport(item: pytest.Item) -> Generator[None, pytest.TestReport, pytest.TestReport]:
+    """Enters tests with the marker `fault` into the matrix."""
+    report = yield
+    marker = item.get_closest_marker("fault")
+    if marker and report.when == "call" and not report.skipped:
+        item.config.stash.setdefault(_MATRIX, Matrix()).add(*marker.args, 1, int(report.passed))
+    return report
 
 
 @pytest.fixture

@@ -19,7 +19,7 @@ class Matrix:
 
     def record(self, row: int | str, fault: str, tried: int, survived: int) -> None:
         """Adds to what was tried of a fault; where not all of it was survived, the test has failed."""
-        self._add(row, fault, tried, survived)
+        self.add(row, fault, tried, survived)
         if tried < 1:
             pytest.fail(f"row {row}, {fault}: nothing was tried")
         if survived < tried:
@@ -31,11 +31,12 @@ class Matrix:
         try:
             yield
         except BaseException:
-            self._add(row, fault, tried, 0)
+            self.add(row, fault, tried, 0)
             raise
         self.record(row, fault, tried, tried)
 
-    def _add(self, row: int | str, fault: str, tried: int, survived: int) -> None:
+    def add(self, row: int | str, fault: str, tried: int, survived: int) -> None:
+        """Adds to what was tried of a fault."""
         tried_before, survived_before = self._cells.get((str(row), fault), (0, 0))
         self._cells[str(row), fault] = (tried_before + tried, survived_before + survived)
 

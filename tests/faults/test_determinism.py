@@ -37,6 +37,7 @@ def weights_of(run_dir: Path) -> dict[str, str]:
     return found
 
 
+@pytest.mark.fault(25, "the same run twice")
 @pytest.mark.parametrize("lora", [0, 4])
 def test_the_same_run_twice_gives_the_same_numbers_and_weights(lora: int, model_folder: Path, tmp_path: Path) -> None:
     def run(name: str, seed: int = 0) -> Path:
@@ -51,6 +52,7 @@ def test_the_same_run_twice_gives_the_same_numbers_and_weights(lora: int, model_
     assert weights_of(one) != weights_of(other)
 
 
+@pytest.mark.fault(25, "the same run twice")
 def test_another_process_gives_the_same_numbers_and_weights(model_folder: Path, tmp_path: Path) -> None:
     data = write_rows(tmp_path / "pairs.jsonl", rows())
     here = penchant.train(str(model_folder), data, quiet=True, **SETTINGS, output_dir=str(tmp_path / "here")).run_dir
@@ -82,6 +84,7 @@ def with_dropout(tmp_path_factory: pytest.TempPathFactory, tokenizer: Any) -> di
     return folders
 
 
+@pytest.mark.fault(26, "what could move step 0: dropout, layout, microbatches, LoRA, reference")
 @pytest.mark.parametrize("microbatch_tokens", [40, 1024])
 @pytest.mark.parametrize(
     ("reference", "lora"), [("precomputed", 0), ("precomputed", 4), ("copy", 0), ("adapter_off", 4)]

@@ -25,6 +25,8 @@ from penchant.models.load import load_model_and_tokenizer, save_model
 
 from ..training.test_run import rows, write_rows
 
+pytestmark = pytest.mark.fault(19, "a file by a stranger")
+
 ASK = [{"role": "user", "content": "what is one"}]
 
 

@@ -13,6 +13,8 @@ from penchant.cli import main
 
 from ..training.test_run import rows, write_rows
 
+pytestmark = pytest.mark.fault(24, "no network")
+
 
 @pytest.fixture
 def asked(monkeypatch: pytest.MonkeyPatch) -> list[Any]:

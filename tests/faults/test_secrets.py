@@ -16,6 +16,8 @@ from penchant.scoring.policy import Policy
 
 from ..training.test_run import rows, write_rows
 
+pytestmark = pytest.mark.fault(22, "keys in the environment, markup in the data")
+
 KEYS = {
     "HF_TOKEN": "hf_QxVtGkWzPmLrNbYcDsFj",
     "HUGGING_FACE_HUB_TOKEN": "hf_olderNameOfTheSameKey",
