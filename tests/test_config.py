@@ -2,13 +2,23 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 from typing import Any
 
 import pytest
 import yaml
 
-from penchant.config import METHODS, RunConfig, config_from, load_config, option_names, parse_value
+from penchant.config import (
+    METHODS,
+    ONLINE_METHODS,
+    JudgeConfig,
+    RunConfig,
+    config_from,
+    load_config,
+    option_names,
+    parse_value,
+)
 from penchant.errors import UserError
 from penchant.losses import LOSSES, DPOLoss, SFTLoss, WeightedSum, build_loss
 
@@ -47,7 +57,8 @@ def test_what_is_written_is_read_back_the_same() -> None:
 
 @pytest.mark.parametrize("method", METHODS)
 def test_every_method_builds_a_loss(method: str) -> None:
-    loss = build_loss(RunConfig(model="m", data="d", method=method).loss_settings())
+    judge = JudgeConfig(name="rule", function="f.py:f") if method in ONLINE_METHODS else JudgeConfig()
+    loss = build_loss(RunConfig(model="m", data="d", method=method, judge=judge).loss_settings())
     given, made = METHODS[method], loss.settings()
     if "name" in given:
         assert {key: made[key] for key in given} == given
@@ -58,7 +69,8 @@ def test_every_method_builds_a_loss(method: str) -> None:
 
 
 def test_every_loss_is_a_method_by_its_own_name_and_every_method_is_made_of_losses() -> None:
-    assert {name for name, settings in METHODS.items() if settings == {"name": name}} == set(LOSSES)
+    assert {name for name, settings in METHODS.items() if settings == {"name": name}} == set(LOSSES) - {"sppo"}
+    assert METHODS["sppo-hard"] == {"name": "sppo"}  # sppo is the whole method, rounds and all
     for method, settings in METHODS.items():
         named = {settings["name"]} if "name" in settings else set(settings)
         assert named <= set(LOSSES), method
@@ -193,3 +205,49 @@ def test_options_at_their_defaults_are_no_trouble_to_the_ones_that_rule_them_out
     settings = {"warmup_steps": 5, "optimizer": "rmsprop", "num_samples": 0, **defaults}
     config = config_from({"model": "m", "data": "d", **settings})
     assert {key: getattr(config, key) for key in settings} == settings
+
+
+ONLINE = {"model": "m", "data": "d", "judge": {"name": "rule", "function": "rule.py:score"}}
+
+
+def test_a_method_that_samples_fills_in_what_the_run_leaves_open() -> None:
+    rso = config_from({**ONLINE, "method": "rso", "sampling": {"top_k": 0}})
+    assert rso.filled_sampling().model_dump(include={"completions", "temperature", "top_p", "top_k"}) == {
+        "completions": 64,
+        "temperature": 0.7,
+        "top_p": 1.0,
+        "top_k": 0,
+    }
+    assert (rso.filled_online().accept, rso.filled_online().pairs) == (8, "random")
+    assert config_from({**ONLINE, "method": "online-dpo", "batch_size": 7}).filled_online().prompts_per_round == 7
+    assert config_from({**ONLINE, "method": "sppo"}).filled_online().renew_reference is True
+
+
+def test_the_loss_of_a_method_that_samples_may_be_exchanged() -> None:
+    assert config_from({**ONLINE, "method": "online-dpo", "loss": {"name": "ipo"}}).loss_settings() == {"name": "ipo"}
+    assert config_from({**ONLINE, "method": "rso", "loss": {"beta": 0.2}}).loss_settings() == {
+        "name": "dpo",
+        "beta": 0.2,
+    }
+
+
+@pytest.mark.parametrize(
+    ("settings", "sentence"),
+    [
+        ({"method": "dpo"}, "judge: has no effect with method dpo, which samples nothing"),
+        ({"method": "online-dpo", "judge": {}}, "judge.name: method online-dpo needs a judge"),
+        ({"method": "online-dpo", "judge": {"name": "rule"}}, "judge.function: is missing"),
+        ({"method": "rso", "judge": {"name": "server", "model": "m"}}, "judge.url: is missing"),
+        ({"method": "rso", "judge": {"name": "reward", "model": "m", "url": "u"}}, "judge.url: has no effect"),
+        ({"method": "sppo", "drop": ["leak"]}, "drop: has no effect with method sppo"),
+        ({"method": "sppo", "sampling": {"completions": 1}}, "sampling.completions: a pair needs two"),
+        ({"method": "rso", "sampling": {"completions": 4}}, "online.accept: 8 of 4 completions"),
+        ({"method": "sppo", "online": {"accept_beta": 1}}, "online.accept_beta: has no effect without online.accept"),
+        ({"method": "dpo", "judge": {}, "sampling": {"top_k": 3}}, "sampling: has no effect with method dpo"),
+    ],
+)
+def test_settings_of_sampling_that_do_nothing_or_lack_something_are_refused(
+    settings: dict[str, Any], sentence: str
+) -> None:
+    with pytest.raises(UserError, match=re.escape(sentence)):
+        config_from({**ONLINE, **settings})

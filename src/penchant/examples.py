@@ -11,6 +11,9 @@ Message = Mapping[str, str]
 Text = str | Sequence[Message]
 """What stands in a prompt or a completion: plain text, or whole messages (rendered by the chat template)."""
 
+Finished = tuple[bool, ...] | None
+"""Which of an example's completions ended by themselves (None: all); the others were cut off, and teach no end."""
+
 
 @dataclass(frozen=True)
 class Pair:
@@ -29,6 +32,7 @@ class Pair:
     """By how much chosen is better (a difference of scores, say), where the data know."""
     win_probabilities: tuple[float, float] | None = None
     """Chances of chosen and of rejected to beat the policy that made them, where the data know (SPPO)."""
+    finished: Finished = None
 
     @property
     def completions(self) -> tuple[Text, ...]:
@@ -45,6 +49,7 @@ class Unpaired:
     is_desirable: bool | None
     source: str = ""
     weight: float = 1.0
+    finished: Finished = None
 
     @property
     def completions(self) -> tuple[Text, ...]:
@@ -61,6 +66,7 @@ class Ranking:
     source: str = ""
     weight: float = 1.0
     scores: tuple[float, ...] | None = None
+    finished: Finished = None
 
 
 Example = Pair | Unpaired | Ranking
@@ -68,11 +74,30 @@ Example = Pair | Unpaired | Ranking
 
 
 @dataclass(frozen=True)
-class TokenizedExample:
-    """A prompt and its completions as token ids; each completion ends with its end-of-turn token.
+class Prompt:
+    """A prompt that completions are to be sampled for."""
 
-    Pairs hold (chosen, rejected), unpaired examples one completion, rankings K, the best first. `prompt_ids` and one
-    completion make one sequence. `index` names the example within a run.
+    text: Text
+    source: str = ""
+
+
+@dataclass(frozen=True)
+class Answer:
+    """A completion as a model gave it. `text` is exactly what follows the prompt, without the end token."""
+
+    text: str
+    token_ids: tuple[int, ...] = ()
+    """With the end token, if it is there; empty where only the text is known."""
+    is_finished: bool = True
+    """Whether it ended by itself, and not at the limit of tokens."""
+
+
+@dataclass(frozen=True)
+class TokenizedExample:
+    """A prompt and its completions as token ids; each finished completion ends with its end-of-turn token.
+
+    Pairs hold (chosen, rejected), unpaired examples one completion, rankings K, the best first, bare prompts none.
+    `prompt_ids` and one completion make one sequence. `index` names the example within a run.
     """
 
     prompt_ids: Sequence[int]
@@ -86,7 +111,7 @@ class TokenizedExample:
     @property
     def num_tokens(self) -> int:
         """Tokens of the longest of the sequences."""
-        return len(self.prompt_ids) + max(map(len, self.completion_ids))
+        return len(self.prompt_ids) + max(map(len, self.completion_ids), default=0)
 
     @property
     def num_trained_tokens(self) -> int:

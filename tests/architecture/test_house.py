@@ -24,6 +24,7 @@ FLOORS = [
     {"config"},
     {"data", "layouts", "models", "recipes", "report"},
     {"scoring", "doctor"},
+    {"online"},
     {"evaluate", "algorithms"},
     {"training"},
     {"cli"},

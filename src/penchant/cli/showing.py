@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from penchant.cli.plugins import Verb, add_import_option, import_file
-from penchant.config import METHODS, RunConfig
+from penchant.config import METHODS, ONLINE_METHODS, ONLINE_SUMMARIES, RunConfig
 from penchant.errors import UserError, nearest
 
 UNITS = {"pair": "pairs", "unpaired": "single completions, labelled", "ranking": "rankings"}
@@ -53,8 +53,12 @@ def _methods(options: argparse.Namespace) -> int:
         _describe_method(options.name)
     else:
         for name, preset in METHODS.items():
-            summary = (inspect.getdoc(LOSSES[name]) or "").splitlines()[0] if name in LOSSES else _preset(preset)
-            print(f"{name:<18} {summary}")
+            if name not in ONLINE_METHODS:
+                summary = (inspect.getdoc(LOSSES[name]) or "").splitlines()[0] if name in LOSSES else _preset(preset)
+                print(f"{name:<18} {summary}")
+        print("\nThese take prompts, sample completions and have them judged (judge.name):")
+        for name in ONLINE_METHODS:
+            print(f"{name:<18} {ONLINE_SUMMARIES[name]}")
         print("\n`penchant methods NAME` tells more of one.")
     return 0
 
@@ -66,7 +70,7 @@ def _preset(settings: dict[str, Any]) -> str:
         return ", ".join(f"{key} {value}" for key, value in fields.items() if key != "name")
 
     if "name" in settings:
-        return f"{settings['name']} with {with_values(settings)}"
+        return f"{settings['name']} with {with_values(settings)}".removesuffix(" with ")
     return " + ".join(f"{name} ({with_values(fields)})" for name, fields in settings.items())
 
 
@@ -75,7 +79,10 @@ def _describe_method(method: str) -> None:
 
     preset = METHODS[method]
     loss = build_loss(preset)
-    if method not in LOSSES:
+    if method in ONLINE_METHODS:
+        print(f"{method}: {ONLINE_SUMMARIES[method]}\n")
+        print(f"Unless the run says otherwise: {_online_preset(method)}. Its loss, which --loss.name exchanges:\n")
+    elif method not in LOSSES:
         print(f"{method}: {_preset(preset)}\n")
     terms = {"": loss.settings()} if "name" in preset else {f"{name}.": f for name, f in loss.settings().items()}
     for prefix, settings in terms.items():
@@ -88,6 +95,16 @@ def _describe_method(method: str) -> None:
         print()
     print(f"Judges {' or '.join(UNITS[unit] for unit in loss.units)}. Reads, beyond the policy's log-probabilities:")
     print("\n".join(f"    {NEEDS[need]}" for need in sorted(loss.needs)) or "    nothing")
+
+
+def _online_preset(method: str) -> str:
+    config = RunConfig.model_construct(method=method)
+    sampling, online = config.filled_sampling(), config.filled_online()
+    values = {
+        **{f"sampling.{key}": getattr(sampling, key) for key in ("completions", "temperature", "top_p", "top_k")},
+        **{f"online.{key}": value for key, value in online.model_dump(exclude_defaults=True).items()},
+    }
+    return ", ".join(f"{key} {value}" for key, value in values.items())
 
 
 def _compare(options: argparse.Namespace) -> int:

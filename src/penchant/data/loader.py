@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 
 import numpy as np
 
@@ -17,6 +17,8 @@ class Draw:
 
     examples: list[TokenizedExample]
     mismatched: list[TokenizedExample]
+    seen: Mapping[str, Sequence[float]] = field(default_factory=dict)
+    """What was seen when the examples were made, by the name of the metric: values to take the mean of."""
 
 
 def epoch_order(num_examples: int, seed: int, epoch: int) -> list[int]:

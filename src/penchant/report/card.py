@@ -66,6 +66,7 @@ def _render(run: RunRecord) -> str:
         finished=summary.get("status") == "finished",
         data=[_data_sentence(run, split, title) for split, title in (("train", "Training"), ("eval", "Held-out"))],
         accuracy=accuracy,
+        answers=verdict.on_answers(run),
         results=_results(run, accuracy),
         versions=sorted((str(name), str(version)) for name, version in as_mapping(summary.get("versions")).items()),
         hashes=[

@@ -47,6 +47,11 @@ CURVES = (
     Curve("KL to the reference", "nats per token", (("kl", ""),)),
     Curve("Entropy", "nats per token", (("entropy", ""),)),
     Curve("Lengths", "tokens per completion", (("length/chosen", "first"), ("length/rejected", "last"))),
+    Curve("Score of held-out answers", "mean of the judge's scores", (("score", ""),)),
+    Curve("Wins of held-out answers", "% against those before training", (("win_rate", ""),), 100),
+    Curve("KL of held-out answers", "nats per completion, on the policy's own answers", (("answer_kl", ""),)),
+    Curve("Length of held-out answers", "tokens", (("answer_length", ""),)),
+    Curve("Score of the answers trained on", "mean of the judge's scores", (("samples/score", ""),)),
     Curve("Learning rate", "", (("learning_rate", ""),)),
     Curve("Gradient norm", "before clipping", (("grad_norm", ""),)),
 )
@@ -83,6 +88,11 @@ def _render(run: RunRecord) -> str:
 
 
 _SPLITS = {"train": "Training", "eval": "Held-out"}
+_JUDGED = (
+    ("Score of held-out answers", "score", "score_before"),
+    ("Gain in score", "difference", ""),
+    ("Win rate against before", "win_rate", ""),
+)
 _SEVERITIES = ("info", "warn", "major", "stop")
 
 
@@ -91,6 +101,13 @@ def _key_figures(run: RunRecord) -> list[tuple[str, str, str]]:
     summary = run.summary
     accuracy = verdict.held_out_accuracy(run)
     found = []
+    for label, name, before_name in _JUDGED:
+        if (estimate := verdict.judged(run, name)) is not None:
+            ends = f"95% interval {number(estimate.low)} to {number(estimate.high)}"
+            earlier = verdict.judged(run, before_name)
+            found.append(
+                (label, number(estimate.value), ends + (f", before {number(earlier.value)}" if earlier else ""))
+            )
     if accuracy is not None:
         spread = " to ".join(percent(end) for end in accuracy.interval) if accuracy.interval else ""
         found.append(("Held-out accuracy", percent(accuracy.after), f"95% interval {spread}" if spread else ""))
@@ -103,7 +120,7 @@ def _key_figures(run: RunRecord) -> list[tuple[str, str, str]]:
             found.append((label, number(measured.after), before))
     known: list[tuple[str, str, str, Callable[[Number | None], str]]] = [
         ("Steps", "steps", "", number),
-        (f"{run.unit('train').plural} seen".capitalize(), "examples_seen", "", number),
+        (f"{run.unit('train').seen or run.unit('train').plural} seen".capitalize(), "examples_seen", "", number),
         ("Time", "wall_s", "", duration),
         ("Speed", "tokens_per_s", "tokens per second", number),
         ("Peak memory", "peak_memory_bytes", "", size),

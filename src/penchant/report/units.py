@@ -52,14 +52,17 @@ class Unit:
     """Leads from the share of couples to the examples they are made of."""
     in_data: str = "Completion in the data"
     """What stands beside the samples of a prompt."""
+    seen: str = ""
+    """What the steps of training see, where that is made from the examples and not they themselves."""
     ends_only: str = ""
     """What has to be added to the length rule where it is about other couples than the accuracy is."""
     interval: Callable[[Number, Mapping[str, Any]], Ends | None] = _no_interval
     """The 95 % interval of an accuracy, if there is one, from the findings about the examples it was measured on."""
 
-    def counted(self, num: Number | None, kind: str = "held-out") -> str:
-        """`96 held-out pairs`, or `the held-out pairs` where their number is not known."""
-        word = self.plural.removesuffix("s") if num == 1 else self.plural
+    def counted(self, num: Number | None, kind: str = "held-out", noun: str = "") -> str:
+        """`96 held-out pairs`, or `the held-out pairs` where their number is not known; so for another plural noun."""
+        noun = noun or self.plural
+        word = noun.removesuffix("s") if num == 1 else noun
         return " ".join(filter(None, ["the" if num is None else number(num), kind, word]))
 
     def agreement(self, share: Number, num: Number | None) -> str:
@@ -109,6 +112,16 @@ RANKING = Unit(
     in_data="Best in the data",
     ends_only=", best against worst",
 )
+PROMPT = Unit(
+    key="prompt",
+    plural="prompts",
+    training="judged answers of its own",
+    first="preferred",
+    last="other",
+    better="preferred",
+    among="the couples of answers to ",
+    seen="preferences",
+)
 EXAMPLE = Unit(
     key="example",
     plural="examples",
@@ -120,7 +133,7 @@ EXAMPLE = Unit(
 )
 """Words that are true of every kind: for several at once, and where the kind is not known."""
 
-UNITS = {unit.key: unit for unit in (PAIR, COMPLETION, UNJUDGED, RANKING, EXAMPLE)}
+UNITS = {unit.key: unit for unit in (PAIR, COMPLETION, UNJUDGED, RANKING, PROMPT, EXAMPLE)}
 
 
 def unit_of(part: Mapping[str, Any]) -> Unit:

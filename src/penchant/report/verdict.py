@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from penchant.report.figures import Number, number, percent
-from penchant.report.rundir import HELD_OUT, RunRecord
+from penchant.report.rundir import HELD_OUT, RunRecord, as_mapping
 from penchant.report.series import finite
 from penchant.report.units import Ends, Unit
 
@@ -37,6 +37,22 @@ class Accuracy:
     interval: Ends | None
     longer_wins: Number | None
     starts_at_reference: bool
+
+
+@dataclass(frozen=True)
+class Judged:
+    """What a judge says of held-out answers: a mean and its 95% interval over the prompts."""
+
+    value: Number
+    low: Number
+    high: Number
+
+
+def judged(run: RunRecord, name: str) -> Judged | None:
+    """One of the figures under `answers` in the summary: score, score_before, difference, win_rate."""
+    found = as_mapping(as_mapping(run.summary.get("answers")).get(name))
+    values = [finite(found.get(key)) for key in ("value", "low", "high")]
+    return None if any(value is None for value in values) else Judged(*values)  # type: ignore[arg-type]
 
 
 def change(run: RunRecord, name: str) -> Change:
@@ -94,8 +110,10 @@ def tail_mean(run: RunRecord, name: str) -> tuple[Number, int] | None:
 
 def headline(run: RunRecord) -> list[str]:
     """The verdict itself: how accurate, and whether length alone would do as well."""
-    accuracy = held_out_accuracy(run)
-    sentences = [*_status(run), *(_on_training_examples(run) if accuracy is None else _accuracy(accuracy))]
+    accuracy, answers = held_out_accuracy(run), on_answers(run)
+    if accuracy is not None:
+        answers += _accuracy(accuracy)
+    sentences = [*_status(run), *(answers or _on_training_examples(run))]
     if not run.metrics:
         sentences.append("Nothing has been measured yet.")
     return sentences
@@ -117,6 +135,28 @@ def _status(run: RunRecord) -> list[str]:
         case "failed":
             return [f"This run failed; {so_far}, and the events say why."]
     return []
+
+
+def on_answers(run: RunRecord) -> list[str]:
+    """What the judge says of the answers to held-out prompts, against those from before training."""
+    num = finite(as_mapping(run.summary.get("answers")).get("prompts"))
+    gain, before, after, wins = (judged(run, name) for name in ("difference", "score_before", "score", "win_rate"))
+    sentences = []
+    if gain and before and after:
+        clear = "" if gain.low > 0 or gain.high < 0 else ", which is no clear difference"
+        sentences.append(
+            f"On {number(num)} held-out prompts the mean score of the policy's answers went from "
+            f"{number(before.value)} to {number(after.value)}: a change of {number(gain.value)} (95% interval "
+            f"{number(gain.low)} to {number(gain.high)}){clear}."
+        )
+    if wins:
+        sentences.append(
+            f"Against its answers from before training it wins {percent(wins.value)} (95% interval {percent(wins.low)} "
+            f"to {percent(wins.high)}), ties counting half."
+        )
+    if sentences and (kl := change(run, "answer_kl").after) is not None:
+        sentences.append(f"On these answers it is {number(kl)} nats a completion away from its reference (KL).")
+    return sentences
 
 
 def _accuracy(accuracy: Accuracy) -> list[str]:

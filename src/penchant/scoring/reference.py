@@ -129,18 +129,33 @@ class LogpsCache:
                 pieces.append(torch.full((len(example.prompt_ids) - 1,), torch.nan))
         return torch.cat(pieces).to(batch.target_ids.device)
 
+    def flat(self, examples: Iterable[TokenizedExample]) -> Float[Tensor, " M"]:
+        """The log-probabilities of all completions of these examples, one behind the other."""
+        pieces = [self._logps[key] for example in examples for key in _keys(example)]
+        return torch.cat(pieces) if pieces else torch.zeros(0)
+
+    def put(self, examples: Sequence[TokenizedExample], logps: Float[Tensor, " M"]) -> None:
+        """Takes in what `flat` gave for the same examples."""
+        keys = [key for example in examples for key in _keys(example)]
+        lengths = [len(ids) for example in examples for ids in example.completion_ids]
+        self._logps.update(zip(keys, logps.split(lengths), strict=True))
+
+    def clear(self) -> None:
+        """Forgets everything: the model that made it is no longer the one that is meant."""
+        self._logps.clear()
+
 
 class Precomputed(Reference):
     """Log-probabilities computed once, before training; the model that made them may be gone."""
 
     def __init__(self, cache: LogpsCache, is_start_of_policy: bool) -> None:
-        self._cache = cache
+        self.cache = cache
         self.is_start_of_policy = is_start_of_policy
         origin = "the starting weights" if is_start_of_policy else "another model"
         self.description = f"precomputed once from {origin}"
 
     def token_logps(self, batches: Sequence[Batch]) -> list[Float[Tensor, " M"]]:
-        return [self._cache.lookup(batch) for batch in batches]
+        return [self.cache.lookup(batch) for batch in batches]
 
 
 @torch.no_grad()

@@ -14,6 +14,7 @@ from penchant.config import RunConfig
 from penchant.data.chat import TOKEN_CHECKS, TokenizedData, tokenize_examples
 from penchant.data.filters import FILTER_CHECKS, filter_by_margin
 from penchant.data.formats import CHECKS, ExampleData, RowProblem, examples_from_rows, read_examples
+from penchant.data.prompts import PromptData
 from penchant.data.units import UNIT_CHECKS, Unit, as_unit
 from penchant.doctor.findings import PROBLEMS, SOUND, Finding
 from penchant.errors import UserError
@@ -46,12 +47,12 @@ def read_data(data: Rows, name: str, family: str | None = None) -> ExampleData:
 
 
 def refuse_bad_rows(config: RunConfig, data: ExampleData) -> None:
-    """Stops where more rows than max_bad_rows allows cannot be used; those that `drop` names do not count.
+    """Stops where too many rows cannot be used, or none is left.
 
     Raises:
         UserError: naming the first bad rows.
     """
-    _refuse(config, data.problems, data.num_rows)
+    refuse_rows(config, data.problems, data.num_rows)
     if not data.examples:
         raise UserError("data: no usable row is left.\n" + _examples(data.problems))
 
@@ -136,7 +137,7 @@ def tokenize_datasets(
                 )
             )
         first_index += len(data.examples)
-        _refuse(config, [*data.problems, *tokenized[-1].problems], data.num_rows)
+        refuse_rows(config, [*data.problems, *tokenized[-1].problems], data.num_rows)
     checks = examine(config, loss, (train, heldout), (tokenized[0], tokenized[1]), tokenizer)
     if not tokenized[0].examples:
         raise UserError("data: no row is left to train on.\n" + _examples([*train.problems, *tokenized[0].problems]))
@@ -236,14 +237,10 @@ def _findings(path: Any, data: ExampleData, tokenized: TokenizedData, checks: li
         "families": dict(data.families),
         "used": len(examples),
         "truncated": tokenized.num_truncated,
-        "dropped": dict(Counter(f"{problem.code}: {_REASONS[problem.code]}" for problem in problems)),
+        "dropped": _counted(problems),
         "examples": [str(problem) for problem in problems[:20]],
         "checks": [found.as_dict() for found in checks],
-        "lengths": {
-            name: {"mean": float(np.mean(values)), "median": float(np.median(values)), "max": int(np.max(values))}
-            for name, values in lengths.items()
-            if values
-        },
+        "lengths": {name: _length_figures(values) for name, values in lengths.items() if values},
         "desirable": sum(e.is_desirable is True for e in examples) if unit == "completion" else None,
         "longer_wins": float(np.mean(longer)) if longer else None,
         "most_completions": max(map(len, (example.completion_ids for example in examples)), default=0),
@@ -252,7 +249,44 @@ def _findings(path: Any, data: ExampleData, tokenized: TokenizedData, checks: li
     }
 
 
-def _refuse(config: RunConfig, problems: list[RowProblem], num_rows: int) -> None:
+def findings_of_prompts(path: Any, data: PromptData, tokenized: TokenizedData) -> dict[str, Any]:
+    """The account of a file that prompts alone were taken from."""
+    problems, examples = [*data.problems, *tokenized.problems], tokenized.examples
+    lengths = [len(example.prompt_ids) for example in examples]
+    return {
+        "path": path if isinstance(path, str) else "rows in memory",
+        "unit": "prompt",
+        "rows": data.num_rows,
+        "families": {},
+        "used": len(examples),
+        "repeated": data.num_repeated,
+        "truncated": 0,
+        "dropped": _counted(problems),
+        "examples": [str(problem) for problem in problems[:20]],
+        "checks": [],
+        "lengths": {"prompt": _length_figures(lengths)},
+        "desirable": None,
+        "longer_wins": None,
+        "most_completions": 0,
+        "sha256": fingerprint(examples),
+        "columns_sha256": None,
+    }
+
+
+def _counted(problems: Iterable[RowProblem]) -> dict[str, int]:
+    return dict(Counter(f"{problem.code}: {_REASONS[problem.code]}" for problem in problems))
+
+
+def _length_figures(values: Sequence[int]) -> dict[str, float]:
+    return {"mean": float(np.mean(values)), "median": float(np.median(values)), "max": int(np.max(values))}
+
+
+def refuse_rows(config: RunConfig, problems: list[RowProblem], num_rows: int) -> None:
+    """Stops where more rows than max_bad_rows allows cannot be used; those that `drop` names do not count.
+
+    Raises:
+        UserError: naming the first bad rows.
+    """
     accepted = {*SOUND, *FILTER_CHECKS, *(PROBLEMS.get(name, "") for name in config.drop)}
     bad = [problem for problem in problems if problem.code not in accepted]
     if len(bad) > config.max_bad_rows * num_rows:

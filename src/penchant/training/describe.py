@@ -14,6 +14,7 @@ from penchant.training.checks import tell
 from penchant.training.datasets import COLUMNS
 from penchant.training.estimate import Estimate, estimate_run, measure
 from penchant.training.logger import RunLog, count, duration
+from penchant.training.online import OnlineSetup
 from penchant.training.optim import trainable_parameters
 from penchant.training.schedule import eval_interval
 from penchant.training.setup import Setup
@@ -33,7 +34,10 @@ def describe(setup: Setup, log: RunLog) -> None:
             log.say("", f"the rows carry {words}, which {setup.loss.name} does not read ({reader} does)")
     nothing = "nothing: nobody will see whether what is learned carries over (eval_data, eval_size)"
     log.say("held out", _data_sentence(findings["eval"]) if findings["eval"] else nothing)
-    tell(findings, log)
+    if isinstance(setup, OnlineSetup):
+        _describe_rounds(setup, log)
+    else:
+        tell(findings, log)
     trainable, total = num_parameters(policy.model)
     trained = "all trained" if trainable == total else f"{trainable / 1e6:.2f}M trained (LoRA rank {config.lora.rank})"
     arithmetic = f"{policy.precision} on {policy.device}"
@@ -44,12 +48,30 @@ def describe(setup: Setup, log: RunLog) -> None:
     log.say("layout", layout_sentence(setup))
     cost = expected_cost(setup)
     examples, unit = min(config.batch_size, len(setup.datasets.train.examples)), findings["train"]["unit"]
+    if isinstance(setup, OnlineSetup):
+        examples, unit = config.batch_size, "completion" if setup.plan.pairs == "best" else "pair"
     log.say(
         "plan",
         f"{count(setup.steps, 'step')} of {count(examples, unit)} at learning rate {config.peak_learning_rate():g}; "
         f"about {duration(cost.seconds)} and {cost.memory_bytes / 2**30:.1f} GiB expected; a checkpoint of "
         f"{expected_checkpoint_bytes(policy, config) / 1e9:.2g} GB every "
         + (count(config.save_steps, "step") if config.save_steps else f"{config.save_minutes:g} min"),
+    )
+
+
+def _describe_rounds(setup: OnlineSetup, log: RunLog) -> None:
+    """What is sampled, who judges it, and what is made of it."""
+    plan, sampling = setup.plan, setup.sampling
+    kept = f", {plan.accept} kept by rejection sampling at beta {plan.accept_beta or 0.5:g}" if plan.accept else ""
+    narrowed = [f"top-p {sampling.top_p:g}"] * (sampling.top_p < 1) + [f"top-k {sampling.top_k}"] * (sampling.top_k > 0)
+    log.say("judge", setup.judge.description)
+    log.say(
+        "rounds",
+        f"{count(setup.num_rounds, 'round')} of {count(setup.prompts_per_round, 'prompt')}, "
+        f"{count(setup.num_completions, 'completion')} each, up to {sampling.max_new_tokens} tokens ("
+        + ", ".join([f"temperature {sampling.temperature:g}", *narrowed])
+        + f"){kept}; {plan.pairs}; {count(setup.steps_per_round, 'step')} a round"
+        + ("; each round's first policy is its reference" if plan.renew_reference else ""),
     )
 
 
@@ -62,8 +84,12 @@ def expected_cost(setup: Setup) -> Estimate:
     parts = [part for draw in drawn for part in layout.parts(draw.examples, setup.max_tokens)]
     learned = sum(map(layout.cost, parts)) / looked_at * setup.steps
     mismatched = sum(layout.cost([e]) for draw in drawn for e in draw.mismatched) / looked_at * setup.steps
-    heldout = sum(map(layout.cost, layout.parts(heldout_examples, 2 * setup.max_tokens)))
-    heldout += sum(layout.cost([example]) for example in setup.heldout_mismatched)
+    if isinstance(setup, OnlineSetup):
+        train_examples = [example for draw in drawn for example in draw.examples]
+        heldout = len(heldout_examples) * setup.sampling_plan.max_new_tokens
+    else:
+        heldout = sum(map(layout.cost, layout.parts(heldout_examples, 2 * setup.max_tokens)))
+        heldout += sum(layout.cost([example]) for example in setup.heldout_mismatched)
     scored = float(heldout * (2 + (setup.steps - 1) // eval_interval(config, setup.steps))) + mismatched
     if setup.reference_kind == "precomputed":
         scored += heldout + mismatched + learned / max(1.0, setup.steps / setup.steps_per_epoch)
@@ -71,6 +97,7 @@ def expected_cost(setup: Setup) -> Estimate:
         scored += scored + learned
     if "whole_batch" in setup.loss.needs and len(parts) > len(drawn):
         scored += learned  # the first of the two passes
+    scored += setup.tokens_to_sample()
     arithmetic = (setup.base_sha256, config.lora.rank, layout.name, setup.policy.precision, str(setup.policy.device))
     data = setup.datasets.findings["train"]["sha256"]
     speed = setup.shared.once(("speed", arithmetic, data), lambda: measure(setup.policy, layout, train_examples))
@@ -105,7 +132,8 @@ def _data_sentence(data: dict[str, Any]) -> str:
     reasons = "; ".join(f"{rows} {reason}" for reason, rows in data["dropped"].items())
     lengths = ", ".join(f"{name} {v['mean']:.0f}" for name, v in data["lengths"].items())
     return (
-        f"{count(data['used'], data['unit'])} from {short_path(data['path'])} ({families})"
+        f"{count(data['used'], data['unit'])} from {short_path(data['path'])}"
+        + (f" ({families})" if families else "")
         + (f"; {dropped} left out ({reasons})" if dropped else "")
         + (f"; {data['truncated']} cut at max_length" if data["truncated"] else "")
         + f"; mean tokens: {lengths}"

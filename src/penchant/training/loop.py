@@ -8,6 +8,8 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from penchant.config import RunConfig
 from penchant.data.loader import Draw
 from penchant.disk import sync
@@ -15,9 +17,12 @@ from penchant.evaluate.heldout import Evaluation, evaluate
 from penchant.scoring.metrics import Means
 from penchant.scoring.reference import Reference
 from penchant.training import hardware
+from penchant.training.answers import HeldoutAnswers
 from penchant.training.checkpoint import Checkpoint, Writer, rotate, write_checkpoint
 from penchant.training.logger import RunLog, one_line
+from penchant.training.online import OnlineSetup
 from penchant.training.optim import make_optimizer, set_rate
+from penchant.training.rounds import Rounds
 from penchant.training.schedule import eval_interval, learning_rate_at
 from penchant.training.setup import Setup
 from penchant.training.state import expected_checkpoint_bytes, load_state, take_snapshot
@@ -47,7 +52,7 @@ class Progress:
     """Steps in a row, up to the last, that were not finite."""
     best_step: int | None = None
     best_loss: float | None = None
-    """Where the held-out loss was lowest, and what it was."""
+    """Where the held-out loss (of online methods: minus the score) was lowest, and what it was."""
 
 
 @dataclass
@@ -60,7 +65,8 @@ class Window:
 
     def values(self) -> dict[str, float | None]:
         """The averages, and the speed."""
-        return self.means.means() | {"tokens_per_s": round(self.tokens / self.seconds, 1)}
+        speed = {"tokens_per_s": round(self.tokens / self.seconds, 1)} if self.seconds else {}
+        return self.means.means() | speed
 
 
 class Training:
@@ -84,6 +90,8 @@ class Training:
         self.progress, self.window, self.spikes = Progress(), Window(), Spikes()
         self.last_evaluation: Evaluation | None = None
         self.total = setup.steps
+        self._source = Rounds(setup, reference, log, run_dir) if isinstance(setup, OnlineSetup) else setup
+        self._answers = HeldoutAnswers(setup, reference, run_dir) if isinstance(setup, OnlineSetup) else None
         self._writer = Writer()
         self._saved_step = -1
         self._saved_at = self._started = time.monotonic()
@@ -118,7 +126,7 @@ class Training:
         progress, model = self.progress, self.setup.policy.model
         with self.log.progress("training", self.total, stays=True) as meter:
             meter.advance(progress.step)
-            draws = self.setup.draws(progress.step)
+            draws = self._source.draws(progress.step)
             while True:
                 self._evaluate_if_due()
                 if progress.step >= self.total:
@@ -168,8 +176,13 @@ class Training:
     def _step(self, draw: Draw) -> str:
         """Takes one step; what to show beside the progress bar."""
         setup, progress, config, step = self.setup, self.progress, self.setup.config, self.progress.step + 1
-        started = time.monotonic()
         rate = learning_rate_at(step, self.total, config)
+        for name, values in draw.seen.items():
+            self.window.means.add(name, torch.tensor(values))
+        if not draw.examples:  # every pair of a small batch may be a tie
+            progress.step = step
+            return self._end_step(rate)
+        started = time.monotonic()
         set_rate(self.optimizer, rate)
         spike: str | None = None
 
@@ -207,7 +220,11 @@ class Training:
         if spike:
             done = "the step was skipped" if config.skip_spikes else "skip_spikes leaves such steps out"
             self.log.event("warn", "spike", f"step {step}: {spike}; {done}", step)
-        return self._record_window(rate) if step % config.logging_steps == 0 or step == self.total else ""
+        return self._end_step(rate)
+
+    def _end_step(self, rate: float) -> str:
+        step = self.progress.step
+        return self._record_window(rate) if step % self.setup.config.logging_steps == 0 or step == self.total else ""
 
     def _record_window(self, rate: float) -> str:
         values = self.window.values() | {"learning_rate": rate}
@@ -232,6 +249,8 @@ class Training:
 
         def attempt() -> Evaluation:
             with self.log.progress("held out", len(heldout)) as meter:
+                if self._answers is not None:
+                    return self._answers.evaluate(step, meter.advance)
                 batches = setup.batches_to_score(heldout)
                 kl_batches = setup.batches_to_score(setup.heldout_mismatched)
                 return evaluate(setup.policy, self.reference, setup.loss, batches, meter.advance, kl_batches)
@@ -241,9 +260,10 @@ class Training:
         progress.evaluated_at = step
         self._record({f"eval_{name}": value for name, value in evaluation.metrics.items()})
         self.log.say("held out", f"step {step}: {one_line(evaluation.metrics)}")
-        loss = evaluation.metrics.get("loss")
-        if loss is not None and (progress.best_loss is None or loss < progress.best_loss):
-            progress.best_step, progress.best_loss = step, loss
+        metrics = evaluation.metrics
+        badness = metrics.get("loss", -(metrics.get("score") or metrics.get("win_rate") or 0.0))
+        if badness is not None and (progress.best_loss is None or badness < progress.best_loss):
+            progress.best_step, progress.best_loss = step, badness
             if setup.config.save_best and step > 0:
                 self.save()
 

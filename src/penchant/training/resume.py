@@ -12,17 +12,22 @@ from penchant.config import RunConfig, load_config, option_names
 from penchant.disk import read_json_lines, sha256_of, write_json, write_json_lines
 from penchant.errors import UserError, nearest
 from penchant.models.fingerprints import template_sha256, tokenizer_sha256
+from penchant.training.online import OnlineSetup
 from penchant.training.rundir import read_mapping, read_summary
 from penchant.training.setup import Setup
 
 _FREE = {
     *("output_dir", "logging_steps", "eval_steps", "save_minutes", "save_steps", "save_best", "keep_checkpoints"),
     *("num_samples", "sample_max_new_tokens", "max_bad_rows", "microbatch_tokens", "device", "method"),
+    "sampling.batch_size",
 }
 """Keys that may change without a word: no step's result depends on them (`method` only names the loss)."""
 
 _BY_CONTENT = ("model", "data", "eval_data", "chat_template", "reference.model")
 """Keys that name files: their content is compared, not where it lies."""
+
+_BESIDE = ("judge.function", "judge.question", "judge.model", "judge.reference")
+"""Further keys that may name files; the judge as a whole is compared by what its verdicts depend on."""
 
 _ALLOWED = "allowed_changes.json"
 
@@ -48,6 +53,7 @@ def fingerprint(setup: Setup) -> Fingerprint:
         "data": findings["train"]["sha256"],
         "data (columns)": findings["train"]["columns_sha256"],
         "eval_data": heldout and heldout["sha256"],
+        "judge": setup.judge.identity if isinstance(setup, OnlineSetup) else None,
         "reference.model": config.reference.model and _content_of(config.reference.model),
     }
     return dict(json.loads(json.dumps(found)))  # as a checkpoint will give it back
@@ -122,14 +128,17 @@ def config_of(run_dir: Path, overrides: Mapping[str, Any]) -> RunConfig:
     config = load_config(str(run_dir / "run.yaml"), {})
     begun_in = Path(read_summary(run_dir).get("working_directory") or ".")
     found: dict[str, Any] = {}
-    for key in _BY_CONTENT:
+    for key in (*_BY_CONTENT, *_BESIDE):
         value = _at(config, key)
-        if value in ("rows in memory", "model in memory") and key not in overrides:
+        if value in ("rows in memory", "model in memory", "function in memory") and key not in overrides:
             raise UserError(
                 f"{key}: was handed over in memory; call penchant.train(..., output_dir='{run_dir}') again, as it was "
                 "begun."
             )
-        if isinstance(value, str) and not Path(value).expanduser().exists() and (begun_in / value).exists():
+        if not isinstance(value, str):
+            continue
+        name = value.rpartition(":")[0] if key == "judge.function" else value
+        if not Path(name).expanduser().exists() and (begun_in / name).exists():
             found[key] = str(begun_in / value)
     return load_config(str(run_dir / "run.yaml"), {**found, **overrides, "output_dir": str(run_dir)})
 
@@ -164,7 +173,7 @@ def _shown(name: str, value: Any) -> str:
 
 
 def _settings(config: RunConfig) -> Fingerprint:
-    settings = _flat(config.model_dump(exclude={"loss"}))
+    settings = _flat(config.model_dump(exclude={"loss", "judge"}))
     return {name: value for name, value in settings.items() if name not in _FREE.union(_BY_CONTENT)}
 
 

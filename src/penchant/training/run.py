@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,6 +13,7 @@ from penchant.config import RunConfig, config_from
 from penchant.disk import free_bytes, write_json, write_text
 from penchant.doctor.preview import names_of
 from penchant.losses import Loss
+from penchant.online.judges import Judge, RuleJudge
 from penchant.scoring.policy import Policy
 from penchant.training import hardware
 from penchant.training.checkpoint import Checkpoint, newest_checkpoint, remove_from
@@ -20,6 +21,7 @@ from penchant.training.datasets import Rows
 from penchant.training.describe import describe, expected_cost
 from penchant.training.logger import RunLog
 from penchant.training.loop import CHECKPOINTS
+from penchant.training.online import OnlineSetup, set_up_online
 from penchant.training.resume import (
     Changes,
     changes_since,
@@ -31,6 +33,7 @@ from penchant.training.resume import (
     remember_allowed,
     was_allowed,
 )
+from penchant.training.rounds import forget_rounds_behind
 from penchant.training.rundir import (
     check_run_dir,
     choose_run_dir,
@@ -60,6 +63,7 @@ def train(
     data: Rows,
     eval_data: Rows | None = None,
     loss: Loss | str | Mapping[str, Any] | None = None,
+    judge: Judge | Callable[[Any, list[str]], Sequence[float]] | None = None,
     overwrite: bool = False,
     quiet: bool = False,
     allow_change: Sequence[str] = (),
@@ -72,6 +76,7 @@ def train(
         data: a file of rows, or an iterable of them, such as `{"prompt": ..., "chosen": ..., "rejected": ...}`.
         eval_data: held-out rows, likewise.
         loss: a loss, its name, or its settings; default: that of `method`.
+        judge: who judges sampled completions; a function `(prompt, completions) -> scores` or any `Judge`.
         overwrite: replace a run that is already in `output_dir`.
         quiet: say nothing while working.
         allow_change: keys that may differ where a run that stopped early is gone on with.
@@ -88,7 +93,12 @@ def train(
     elif loss is not None:
         settings["loss"] = {"name": loss} if isinstance(loss, str) else dict(loss)
     policy = model if isinstance(model, Policy) else None
-    return execute(config_from(settings), data, eval_data, policy, overwrite, RunLog(quiet=quiet), None, allow_change)
+    if judge is not None:
+        settings["judge"] = {"name": "rule", "function": "function in memory"}
+        judge = judge if isinstance(judge, Judge) else RuleJudge(judge)
+    return execute(
+        config_from(settings), data, eval_data, policy, judge, overwrite, RunLog(quiet=quiet), None, allow_change
+    )
 
 
 def execute(
@@ -96,6 +106,7 @@ def execute(
     data: Rows | None = None,
     eval_data: Rows | None = None,
     policy: Policy | None = None,
+    judge: Judge | None = None,
     overwrite: bool = False,
     log: RunLog | None = None,
     shared: Shared | None = None,
@@ -120,7 +131,7 @@ def execute(
             held.enter_context(locked(run_dir))
             goes_on = check_run_dir(run_dir, overwrite)  # again: whoever held the lock may have come to an end
         checkpoint = _checkpoint_of(run_dir, log) if goes_on else None
-        setup = set_up(config, log, data, eval_data, policy, shared)
+        setup = _set_up(config, log, data, eval_data, policy, judge, shared)
         describe(setup, log)
         current = fingerprint(setup)
         changes = changes_since(read_facts(checkpoint)["fingerprint"], current) if checkpoint else {}
@@ -134,6 +145,8 @@ def execute(
         summary = first_summary(setup)
         if goes_on:
             _cut_back(run_dir, checkpoint, setup)
+            if changes and isinstance(setup, OnlineSetup):
+                forget_rounds_behind(run_dir, setup, checkpoint.step if checkpoint else 0)
             summary["started"] = read_summary(run_dir).get("started", summary["started"])
         write_text(run_dir / "run.yaml", resolved_run_file(config, run_dir))  # first: it makes this a run directory
         write_json(run_dir / "data.json", setup.datasets.findings)
@@ -154,13 +167,14 @@ def dry_run(config: RunConfig, log: RunLog | None = None, num_rows: int = 2) -> 
         `steps`, `seconds` and `memory_bytes` expected, and `rows`: the texts that the model is trained on.
     """
     log = log or RunLog()
-    setup = set_up(config, log)
+    setup = _set_up(config, log)
     describe(setup, log)
     tokenizer, texts = setup.policy.tokenizer, setup.datasets.train.texts
     rows = []
     for example in setup.datasets.train.examples[:num_rows]:
-        completions = zip(names_of(texts[example.index]), example.completion_ids, strict=True)
-        rows.append({name: tokenizer.decode(ids) for name, ids in [("prompt", example.prompt_ids), *completions]})
+        names = names_of(texts[example.index]) if example.completion_ids else ()
+        parts = [("prompt", example.prompt_ids), *zip(names, example.completion_ids, strict=True)]
+        rows.append({name: tokenizer.decode(ids) for name, ids in parts})
     for row in rows:
         for name, text in row.items():
             log.say(name, repr(text))
@@ -172,6 +186,20 @@ def dry_run(config: RunConfig, log: RunLog | None = None, num_rows: int = 2) -> 
         "data": setup.datasets.findings,
         "rows": rows,
     }
+
+
+def _set_up(
+    config: RunConfig,
+    log: RunLog,
+    data: Rows | None = None,
+    eval_data: Rows | None = None,
+    policy: Policy | None = None,
+    judge: Judge | None = None,
+    shared: Shared | None = None,
+) -> Setup:
+    if config.is_online:
+        return set_up_online(config, log, data, eval_data, policy, judge)
+    return set_up(config, log, data, eval_data, policy, shared)
 
 
 def _checkpoint_of(run_dir: Path, log: RunLog) -> Checkpoint | None:

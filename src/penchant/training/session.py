@@ -20,6 +20,7 @@ from penchant.report import write_model_card, write_report
 from penchant.scoring.reference import Reference
 from penchant.stopping import StopRequested
 from penchant.training import hardware
+from penchant.training.answers import summary_of
 from penchant.training.checkpoint import Checkpoint
 from penchant.training.datasets import plain_text
 from penchant.training.describe import layout_sentence, num_parameters
@@ -27,12 +28,13 @@ from penchant.training.identity import check_identity
 from penchant.training.judgements import write_judgements
 from penchant.training.logger import RunLog, count
 from penchant.training.loop import Progress, Training, forget_insurance
+from penchant.training.online import OnlineSetup
 from penchant.training.resume import Fingerprint
 from penchant.training.rundir import locked, read_summary
 from penchant.training.setup import Setup, make_reference
 from penchant.training.state import read_facts
 from penchant.training.trouble import in_smaller_pieces
-from penchant.types import Example
+from penchant.types import Text
 
 
 class Session:
@@ -79,14 +81,16 @@ class Session:
 
     def _work(self) -> None:
         setup, log, run_dir = self.setup, self.log, self.run_dir
-        prompts = _sample_prompts(setup)
+        shown = setup.shown_prompts()
+        prompts = [prompt for prompt, _ in shown]
         facts = read_facts(self.checkpoint) if self.checkpoint else {}
         before = facts.get("answers_before") or _answers(setup, prompts, log, "before")
         reference = in_smaller_pieces(setup, log, 0, lambda: make_reference(setup, log))
         if reference is not None:
             self.keep(reference=reference.description)
             log.say("reference", reference.description)
-            in_smaller_pieces(setup, log, 0, lambda: _check_identity(setup, reference, log))
+            if not isinstance(setup, OnlineSetup):  # the first round does it with what it sampled
+                in_smaller_pieces(setup, log, 0, lambda: _check_identity(setup, reference, log))
         extras = {
             "fingerprint": self.fingerprint,
             "answers_before": before,
@@ -97,18 +101,17 @@ class Session:
             training.resume(self.checkpoint)
         training.run()
         self._keep_speed()
-        in_smaller_pieces(
-            setup, log, setup.steps, lambda: write_judgements(setup, reference, training.last_evaluation, run_dir)
-        )
+        if isinstance(setup, OnlineSetup):
+            self.keep(**summary_of(setup, run_dir))
+        else:
+            in_smaller_pieces(
+                setup, log, setup.steps, lambda: write_judgements(setup, reference, training.last_evaluation, run_dir)
+            )
         after = _answers(setup, prompts, log, "after")
         samples = [
-            {
-                "prompt": plain_text(example.prompt),
-                "before": old,
-                "after": new,
-                "chosen": plain_text(example.completions[0]),
-            }
-            for example, old, new in zip(prompts, before, after, strict=True)
+            {"prompt": plain_text(prompt), "before": old, "after": new}
+            | ({} if chosen is None else {"chosen": plain_text(chosen)})
+            for (prompt, chosen), old, new in zip(shown, before, after, strict=True)
         ]
         write_json_lines(run_dir / "samples.jsonl", samples)
         self._save_model()
@@ -132,7 +135,7 @@ class Session:
             training.save()
             step = training.progress.step
             self._keep_speed()
-            if training.last_evaluation is not None:
+            if training.last_evaluation is not None and not isinstance(self.setup, OnlineSetup):
                 write_judgements(self.setup, training.reference, training.last_evaluation, self.run_dir)
         self.keep(status="interrupted", signal=stop.signum, steps=step)
         message = f"stopped at step {step} of {total}; `penchant resume {self.run_dir}` goes on from there"
@@ -177,16 +180,11 @@ def _check_identity(setup: Setup, reference: Reference, log: RunLog) -> None:
     log.event("info", "identity", message, step=0)
 
 
-def _sample_prompts(setup: Setup) -> list[Example]:
-    source = setup.datasets.heldout if setup.datasets.heldout.examples else setup.datasets.train
-    return [source.texts[example.index] for example in source.examples[: setup.config.num_samples]]
-
-
-def _answers(setup: Setup, prompts: list[Example], log: RunLog, when: str) -> list[str]:
+def _answers(setup: Setup, prompts: list[Text], log: RunLog, when: str) -> list[str]:
     if not prompts:
         return []
     log.say("samples", f"answering {count(len(prompts), 'prompt')} {when} training")
-    return setup.policy.generate([example.prompt for example in prompts], setup.config.sample_max_new_tokens)
+    return setup.policy.generate(prompts, setup.config.sample_max_new_tokens)
 
 
 def first_summary(setup: Setup) -> dict[str, Any]:

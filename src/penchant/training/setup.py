@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass, field
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -38,7 +38,7 @@ from penchant.training.datasets import (
 from penchant.training.logger import RunLog
 from penchant.training.schedule import num_steps
 from penchant.training.shared import Shared
-from penchant.types import Batch, TokenizedExample
+from penchant.types import Batch, Text, TokenizedExample
 
 
 @dataclass
@@ -50,13 +50,16 @@ class Setup:
     policy: Policy
     datasets: Datasets
     layout: Layout
-    max_tokens: int
-    """Tokens computed at once in training, halved when memory runs out; passes without gradient take twice as many."""
     base_sha256: str
     """Hash of the weights that the policy begins from."""
-    shared: Shared
-    heldout_mismatched: list[TokenizedExample]
+    shared: Shared = field(default_factory=Shared, kw_only=True)
+    heldout_mismatched: list[TokenizedExample] = field(default_factory=list, kw_only=True)
     """The held-out prompts with completions of others, where the loss needs the KL divergence."""
+    max_tokens: int = field(init=False)
+    """Tokens computed at once in training, halved when memory runs out; passes without gradient take twice as many."""
+
+    def __post_init__(self) -> None:
+        self.max_tokens = self.config.microbatch_tokens or hardware.default_microbatch_tokens(self.policy.device)
 
     @property
     def steps(self) -> int:
@@ -98,6 +101,21 @@ class Setup:
         examples = [example for draw in drawn[: self.steps_per_epoch] for example in draw.examples]
         return examples, [example for draw in drawn for example in draw.mismatched]
 
+    def tokens_to_sample(self) -> float:
+        """Tokens that training will sample."""
+        return 0.0
+
+    def shown_prompts(self) -> list[tuple[Text, Text | None]]:
+        """Some prompts for the report, held-out ones if there are any, each with the better of its completions."""
+        source = self.datasets.heldout if self.datasets.heldout.examples else self.datasets.train
+        texts = [source.texts[example.index] for example in source.examples[: self.config.num_samples]]
+        return [(text.prompt, text.completions[0]) for text in texts]
+
+    def source_of(self, example: TokenizedExample) -> str:
+        """The row that an example comes from."""
+        texts = self.datasets.train.texts
+        return texts[example.index].source
+
 
 def set_up(
     config: RunConfig,
@@ -108,11 +126,9 @@ def set_up(
     shared: Shared | None = None,
 ) -> Setup:
     """Reads data and model, and refuses what cannot work before anything is written."""
-    refuse_old_versions()
-    _refuse_several_processes()
     shared = shared or Shared()
     loss = build_loss(config.loss_settings())
-    _refuse_idle_options(config, loss)
+    refuse_what_never_works(config, loss)
     rows = _rows(shared, data if data is not None else config.data, "data", config.data_family)
     refuse_bad_rows(config, rows)
     heldout_rows = None
@@ -124,17 +140,7 @@ def set_up(
     train_rows, heldout_rows = split_heldout(config, rows, heldout_rows)
     train_rows = fit_to_loss(config, loss, train_rows, is_heldout=False)
     heldout_rows = fit_to_loss(config, loss, heldout_rows, is_heldout=True)
-
-    torch.manual_seed(config.seed)
-    if policy is not None:
-        policy = _as_configured(policy, config)
-    else:
-        device = hardware.resolve_device(config.device)
-        precision = hardware.resolve_precision(config.dtype, device)
-        note = " (converted on first use, which takes a minute)" if config.model.endswith(".gguf") else ""
-        log.say("model", f"loading {config.model}{note}")
-        policy = Policy.from_pretrained(config.model, device, precision)
-    _choose_template(policy.tokenizer, config, rows, log)
+    policy = load_policy(config, log, [example.prompt for example in rows.examples], policy)
     tokenizer = policy.tokenizer
 
     def tokenized() -> Datasets:
@@ -145,27 +151,58 @@ def set_up(
         if data is not None or eval_data is not None
         else shared.once(_tokenization(config, loss), tokenized)
     )
-    base_sha256 = weights_sha256(policy.model)
-    layout = choose_layout(policy, config.layout, datasets.train.examples)
-    if config.lora.rank:
-        adapted = add_lora(
-            policy.model,
-            config.lora.rank,
-            config.lora.alpha or 2 * config.lora.rank,
-            config.lora.target_modules,
-        )
-        policy = Policy(adapted, policy.tokenizer, policy.precision)
+    layout, base_sha256 = lay_out(policy, config, datasets.train.examples)
     return Setup(
         config=config,
         loss=loss,
-        policy=policy,
+        policy=make_adapter(policy, config),
         datasets=datasets,
         layout=layout,
-        max_tokens=config.microbatch_tokens or hardware.default_microbatch_tokens(policy.device),
         base_sha256=base_sha256,
         shared=shared,
         heldout_mismatched=_heldout_mismatched(config, loss, datasets),
     )
+
+
+def refuse_what_never_works(config: RunConfig, loss: Loss) -> None:
+    """Stops where versions, processes or options cannot do, whatever data and model are.
+
+    Raises:
+        UserError: naming what.
+    """
+    refuse_old_versions()
+    _refuse_several_processes()
+    _refuse_idle_options(config, loss)
+
+
+def load_policy(config: RunConfig, log: RunLog, prompts: Iterable[Text], policy: Policy | None) -> Policy:
+    """The model of the run file, or the policy in hand as the run file wants it, with the chat template to use."""
+    torch.manual_seed(config.seed)
+    if policy is not None:
+        policy = _as_configured(policy, config)
+    else:
+        device = hardware.resolve_device(config.device)
+        precision = hardware.resolve_precision(config.dtype, device)
+        note = " (converted on first use, which takes a minute)" if config.model.endswith(".gguf") else ""
+        log.say("model", f"loading {config.model}{note}")
+        policy = Policy.from_pretrained(config.model, device, precision)
+    _choose_template(policy.tokenizer, config, prompts, log)
+    return policy
+
+
+def lay_out(policy: Policy, config: RunConfig, examples: Sequence[TokenizedExample]) -> tuple[Layout, str]:
+    """The layout, tried on some examples, and the hash of the weights as they are before training."""
+    base_sha256 = weights_sha256(policy.model)
+    return choose_layout(policy, config.layout, examples), base_sha256
+
+
+def make_adapter(policy: Policy, config: RunConfig) -> Policy:
+    """The policy that is trained: with a LoRA adapter where the run file asks for one."""
+    lora = config.lora
+    if not lora.rank:
+        return policy
+    adapted = add_lora(policy.model, lora.rank, lora.alpha or 2 * lora.rank, lora.target_modules)
+    return Policy(adapted, policy.tokenizer, policy.precision)
 
 
 def make_reference(setup: Setup, log: RunLog) -> Reference | None:
@@ -189,6 +226,8 @@ def make_reference(setup: Setup, log: RunLog) -> Reference | None:
         return FrozenModel.copy_of(policy, config.reference.offload)
     if kind == "model":
         return FrozenModel(source, is_start_of_policy=False, offload=config.reference.offload)
+    if not setup.datasets.train.examples[0].completion_ids:  # bare prompts: what is sampled is scored as it comes
+        return Precomputed(LogpsCache(), is_start_of_policy=True)
     cache = setup.shared.once(("logps", source_sha256, source.precision, source.device.type), LogpsCache)
     visited, mismatched = setup.visited()
     examples = cache.missing([*visited, *mismatched, *setup.datasets.heldout.examples, *setup.heldout_mismatched])
@@ -268,14 +307,14 @@ def _refuse_other_tokenizer(policy: Policy, other: Policy, name: str) -> None:
         )
 
 
-def _choose_template(tokenizer: Any, config: RunConfig, rows: ExampleData, log: RunLog) -> None:
+def _choose_template(tokenizer: Any, config: RunConfig, prompts: Iterable[Text], log: RunLog) -> None:
     """The template of the run file, else the tokenizer's own, else (for messages) a plain one, which is announced."""
     if config.chat_template:
         try:
             tokenizer.chat_template = Path(config.chat_template).read_text(encoding="utf-8")
         except (OSError, UnicodeDecodeError) as error:
             raise UserError(f"chat_template: '{config.chat_template}' cannot be read: {error}") from None
-    elif tokenizer.chat_template is None and any(not isinstance(example.prompt, str) for example in rows.examples):
+    elif tokenizer.chat_template is None and any(not isinstance(prompt, str) for prompt in prompts):
         tokenizer.chat_template = PLAIN_CHAT_TEMPLATE
         message = (
             "the data are messages and the tokenizer has no chat template: turns are written out as 'Human:' and "

@@ -139,11 +139,11 @@ def in_smaller_pieces(setup: Setup, log: RunLog, step: int, work: Callable[[], T
 
 def _replayable(setup: Setup, draw: Draw, step: int, outcome: StepOutcome) -> dict[str, Any]:
     """The batch of a step, with all that is needed to look at it or to compute it again."""
-    texts, decode = setup.datasets.train.texts, setup.policy.tokenizer.decode
+    decode = setup.policy.tokenizer.decode
 
     def record(example: TokenizedExample) -> dict[str, Any]:
         return {
-            "source": texts[example.index].source,
+            "source": setup.source_of(example),
             "prompt": decode(example.prompt_ids),
             "completions": [decode(ids) for ids in example.completion_ids],
             "prompt_ids": example.prompt_ids,

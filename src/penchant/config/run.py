@@ -1,42 +1,24 @@
-"""Every knob of a run, on one page: YAML in, YAML out.
-
-This room imports no torch, so that help and errors in a run file come at once. The settings under `loss` are the
-fields of the chosen loss and are checked when the loss is built (`penchant methods` lists them).
-"""
+"""A whole run: every knob on one page."""
 
 from __future__ import annotations
 
-import re
-from collections.abc import Iterable, Mapping
-from pathlib import Path
+from collections.abc import Mapping
 from typing import Any, Literal
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
+from pydantic import Field, field_validator, model_validator
 
-from penchant.errors import UserError, nearest
-
-_LOSSES = (
-    *("dpo", "robust", "ipo", "hinge", "odpo", "dpop", "exo", "discopop", "f-dpo", "wpo", "aot"),
-    *("ln-dpo", "r-dpo", "ld-dpo", "nca", "bco-pair", "apo-zero", "apo-down", "sppo"),
-    *("simpo", "orpo", "cpo", "slic", "sft"),
-    *("kto", "bco", "apo-zero-unpaired", "aot-unpaired", "pl-dpo"),
+from penchant.config.methods import METHODS, ONLINE_METHODS, RATES
+from penchant.config.sections import (
+    JudgeConfig,
+    LoraConfig,
+    OnlineConfig,
+    ReferenceConfig,
+    SamplingConfig,
+    Section,
+    filled,
 )
-METHODS: dict[str, dict[str, Any]] = {
-    **{name: {"name": name} for name in _LOSSES},
-    "cdpo": {"name": "dpo", "label_smoothing": 0.1},
-    "rso-sigmoid": {"name": "dpo", "beta": 0.05},
-    "sppo-soft": {"name": "sppo", "soft": True},
-    "rpo": {"dpo": {"beta": 0.1}, "sft": {"weight": 1.0, "per": "sequence"}},
-}
-"""What one word on the command line stands for: the settings of `loss` that a method begins with.
-
-Every loss is a method by its own name; the others are presets, of one loss or of a weighted sum.
-"""
-
-_RATES = {"sft": 2e-5, "orpo": 8e-6, "kto": 5e-6}
-"""Peak learning rates of methods that want another one than DPO: sources in docs/guide.md."""
-
+from penchant.errors import nearest
 
 Drop = Literal[
     "identical", "prefix", "near-identical", "duplicate", "contradiction", "leak", "prompt-leak", "no-end",
@@ -45,34 +27,7 @@ Drop = Literal[
 """Findings of the data doctor that point at rows; `data/findings.py` says what each is."""
 
 
-class _Section(BaseModel):
-    model_config = ConfigDict(extra="forbid", use_attribute_docstrings=True, validate_default=True)
-
-
-class LoraConfig(_Section):
-    """Low-rank adapters instead of full weights (needs little memory; the base model is the reference)."""
-
-    rank: int = Field(default=0, ge=0)
-    """Rank of the LoRA adapter; 0 trains all weights."""
-    alpha: int | None = Field(default=None, gt=0)
-    """Scale of the adapter is alpha / rank; default: twice the rank."""
-    target_modules: str | list[str] = "all-linear"
-    """Which layers get an adapter: all-linear, or a list of module names."""
-
-
-class ReferenceConfig(_Section):
-    """Where the reference's log-probabilities come from."""
-
-    kind: Literal["auto", "precomputed", "copy", "adapter_off", "model"] = "auto"
-    """auto: adapter_off with LoRA, else precomputed (one pass before training, no second model in memory);
-    copy: a frozen copy of the starting weights; model: the one that reference.model names, kept beside the policy."""
-    model: str | None = None
-    """Another model as the reference: folder, hub id or .gguf file. It must share the policy's tokenizer."""
-    offload: bool = False
-    """Keep the frozen reference in host memory and move it to the device once a step."""
-
-
-class RunConfig(_Section):
+class RunConfig(Section):
     """A whole run. Only `model` and `data` have no default."""
 
     model: str
@@ -139,6 +94,9 @@ class RunConfig(_Section):
 
     lora: LoraConfig = Field(default_factory=LoraConfig)
     reference: ReferenceConfig = Field(default_factory=ReferenceConfig)
+    sampling: SamplingConfig = Field(default_factory=SamplingConfig)
+    judge: JudgeConfig = Field(default_factory=JudgeConfig)
+    online: OnlineConfig = Field(default_factory=OnlineConfig)
     device: str = "auto"
     """auto, cpu, cuda, cuda:1, ..."""
     dtype: Literal["auto", "float32", "bf16"] = "auto"
@@ -199,7 +157,52 @@ class RunConfig(_Section):
             raise ValueError("eval_steps: has no effect without held-out rows (eval_data, eval_size)")
         if self.eval_data and self.eval_size not in (0, self._default("eval_size")):
             raise ValueError("eval_size: has no effect with eval_data")
+        self._refuse_idle_sections()
         return self
+
+    def _refuse_idle_sections(self) -> None:
+        if not self.is_online:
+            for name, section in (("sampling", self.sampling), ("judge", self.judge), ("online", self.online)):
+                if section != type(section)():
+                    raise ValueError(
+                        f"{name}: has no effect with method {self.method_name()}, which samples nothing; these do: "
+                        + ", ".join(ONLINE_METHODS)
+                    )
+            return
+        if self.judge.name is None:
+            raise ValueError(
+                f"judge.name: method {self.method} needs a judge: rule (a Python function), reward (a model), implicit "
+                "(two language models) or server (a language model behind a URL)"
+            )
+        for name in ("drop", "min_margin", "weigh_by_margin", "pairs_from_rankings", "truncation"):
+            if getattr(self, name) != self._default(name):
+                raise ValueError(f"{name}: has no effect with method {self.method}, which takes only prompts from data")
+        online, sampling = self.filled_online(), self.filled_sampling()
+        if online.pairs != "best" and sampling.completions == 1:
+            raise ValueError("sampling.completions: a pair needs two")
+        if online.accept is None and online.accept_beta is not None:
+            raise ValueError("online.accept_beta: has no effect without online.accept")
+        if online.accept is not None and online.accept > (sampling.completions or 1):
+            raise ValueError(
+                f"online.accept: {online.accept} of {sampling.completions} completions (sampling.completions) cannot be"
+                " accepted"
+            )
+
+    @property
+    def is_online(self) -> bool:
+        """Whether the method samples completions of its own and has them judged."""
+        return self.method in ONLINE_METHODS
+
+    def filled_sampling(self) -> SamplingConfig:
+        """`sampling` with the method's values where the run says nothing."""
+        usual = {"completions": 1, "temperature": 1.0, "top_p": 1.0, "top_k": 0}
+        return filled(self.sampling, {**usual, **ONLINE_METHODS.get(self.method or "", {})})
+
+    def filled_online(self) -> OnlineConfig:
+        """`online` with the method's values where the run says nothing; `rounds` may still be open."""
+        preset = ONLINE_METHODS.get(self.method or "", {})
+        each_step = {"prompts_per_round": self.batch_size} if preset.get("one_step_rounds") else {}
+        return filled(self.online, {"pairs": "best_worst", "renew_reference": False, **preset, **each_step})
 
     def _refuse_two_losses(self) -> None:
         if self.method is None:
@@ -209,6 +212,8 @@ class RunConfig(_Section):
                 f"method: there is no method '{self.method}'{nearest(self.method, METHODS)}; a loss of your own comes "
                 "with --import FILE.py"
             )
+        if self.is_online:
+            return  # its loss may be exchanged
         stands_for = METHODS[self.method].get("name", " + ".join(METHODS[self.method]))
         if "name" in self.loss and self.loss["name"] != stands_for:
             raise ValueError(
@@ -226,21 +231,22 @@ class RunConfig(_Section):
         """The method in a word: `method`, or what `loss` names."""
         if self.method is None and self._own_sum():
             return " + ".join(self.loss)
-        return self.method or str(self.loss.get("name", "dpo"))
+        name = str(self.loss.get("name", "dpo"))
+        return self.method or (f"{name}-hard" if name in ONLINE_METHODS else name)
 
     def loss_settings(self) -> dict[str, Any]:
         """The loss as `build_loss` takes it: the method's settings, then the run's own."""
-        own = self.loss
-        if self.method is None and (self._own_sum() or "name" in own):
+        own, preset = self.loss, METHODS[self.method or "dpo"]
+        is_another = self._own_sum() or own.get("name", preset.get("name")) != preset.get("name")
+        if is_another and (self.method is None or self.is_online):
             return dict(own)
-        preset = METHODS[self.method or "dpo"]
         if self._own_sum():
             return {name: {**preset.get(name, {}), **own.get(name, {})} for name in [*preset, *own]}
         return {**preset, **own}
 
     def peak_learning_rate(self) -> float:
         """`learning_rate`, or the method's default for full weights or LoRA."""
-        default = _RATES.get(self.method_name(), 5e-7)
+        default = RATES.get(self.method_name(), 5e-7)
         if self.lora.rank:
             default = float(f"{10 * default:g}")  # 10 * 5e-7 is 4.9999999999999996e-06, which no run file should say
         return self.learning_rate or default
@@ -252,108 +258,3 @@ class RunConfig(_Section):
         """The run file that repeats this run, with what was `resolved` in the place of defaults."""
         settings = {**self.model_dump(exclude_none=True), **resolved}
         return yaml.safe_dump(settings, sort_keys=False, allow_unicode=True)
-
-
-def load_config(run_file: str | None, overrides: Mapping[str, Any]) -> RunConfig:
-    """The run that a run file and options (dotted names, as `loss.beta`) describe together; options win.
-
-    Raises:
-        UserError: no such file, not YAML, an unknown key (the nearest is named) or a value that does not fit.
-    """
-    settings = _read_run_file(run_file) if run_file else {}
-    for name, value in overrides.items():
-        _set_dotted(settings, name, value)
-    return config_from(settings)
-
-
-def config_from(settings: Mapping[str, Any]) -> RunConfig:
-    """The run that nested settings describe.
-
-    Raises:
-        UserError: an unknown key or a value that does not fit.
-    """
-    try:
-        return RunConfig.model_validate(dict(settings))
-    except ValidationError as error:
-        raise UserError("\n".join(_sentence(dict(problem)) for problem in error.errors())) from None
-
-
-def add_methods(names: Iterable[str]) -> None:
-    """Makes losses that were defined outside this package methods by their own names."""
-    for name in names:
-        METHODS.setdefault(name, {"name": name})
-
-
-def option_names() -> dict[str, str]:
-    """Every key of a run file by its dotted name, with its help; the losses' own settings are not among them."""
-    return dict(_options(RunConfig, ""))
-
-
-def parse_value(text: str, source: str | None = None) -> Any:
-    """A value from the command line, or the text of the file `source`, read as YAML reads it.
-
-    Raises:
-        UserError: it is not YAML.
-    """
-    try:
-        return yaml.load(text, _Loader)
-    except (yaml.YAMLError, RecursionError, ValueError) as error:  # a date like 2026-99-99 is a ValueError
-        raise UserError(f"{source or repr(text)}: is not YAML: {' '.join(str(error).split())}") from None
-
-
-class _Loader(yaml.SafeLoader):
-    """YAML that reads 5e-7 as a number and refuses a key given twice."""
-
-    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
-        keys = [self.construct_object(key, deep=deep) for key, _ in node.value]
-        for key in keys:
-            if keys.count(key) > 1:
-                raise yaml.constructor.ConstructorError(None, None, f"the key '{key}' stands twice", node.start_mark)
-        return super().construct_mapping(node, deep)
-
-
-_Loader.add_implicit_resolver(
-    "tag:yaml.org,2002:float",
-    re.compile(r"^[-+]?(\d[\d_]*\.?\d*|\.\d+)[eE][-+]?\d+$"),
-    list("-+.0123456789"),
-)
-
-
-def _read_run_file(path: str) -> dict[str, Any]:
-    try:
-        settings = parse_value(Path(path).read_text(encoding="utf-8"), path)
-    except FileNotFoundError:
-        raise UserError(f"{path}: there is no such run file.") from None
-    except (OSError, UnicodeDecodeError) as error:
-        raise UserError(f"{path}: cannot be read ({error}).") from None
-    if not isinstance(settings, dict):
-        raise UserError(f"{path}: a run file is a list of 'key: value' lines; see `penchant train --help`.")
-    return settings
-
-
-def _set_dotted(settings: dict[str, Any], name: str, value: Any) -> None:
-    *sections, key = name.split(".")
-    for section in sections:
-        if not isinstance(settings.setdefault(section, {}), dict):
-            raise UserError(f"{name}: '{section}' is a value in the run file, not a section.")
-        settings = settings[section]
-    settings[key] = value
-
-
-def _options(section: type[BaseModel], prefix: str) -> Iterable[tuple[str, str]]:
-    for name, field in section.model_fields.items():
-        if isinstance(field.annotation, type) and issubclass(field.annotation, BaseModel):
-            yield from _options(field.annotation, f"{prefix}{name}.")
-        elif name != "loss":
-            yield f"{prefix}{name}", " ".join((field.description or "").split())
-
-
-def _sentence(problem: dict[str, Any]) -> str:
-    key = ".".join(str(part) for part in problem["loc"])
-    if problem["type"] == "extra_forbidden":
-        return f"{key}: there is no such setting{nearest(key, [*option_names(), 'loss'])}"
-    if problem["type"] == "missing":
-        return f"{key}: is missing; give it in the run file or as --{key}"
-    if problem["type"] == "value_error":
-        return str(problem["ctx"]["error"])
-    return f"{key}: {problem['msg'][0].lower()}{problem['msg'][1:]}, got {problem['input']!r}"

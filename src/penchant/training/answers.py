@@ -1,0 +1,135 @@
+"""How a policy that samples its own completions does on held-out prompts: its answers, and what the judge says."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from penchant.disk import make_folder, read_json_lines, write_json_lines
+from penchant.evaluate.heldout import Evaluation
+from penchant.evaluate.wins import mean_with_interval, outcome
+from penchant.examples import Answer, Text
+from penchant.online.judges import Question
+from penchant.online.seeds import prompt_seed
+from penchant.scoring.reference import AdapterOff, Precomputed, Reference
+from penchant.training.online import OnlineSetup, sequences
+
+_FILE = "answers.jsonl"
+
+
+class HeldoutAnswers:
+    """Answers held-out prompts, one sample each, always with the same random numbers, and has them judged.
+
+    A judge that only compares is asked for each answer against the one from before training.
+    """
+
+    def __init__(self, setup: OnlineSetup, reference: Reference | None, run_dir: Path) -> None:
+        self.setup, self.path = setup, run_dir / _FILE
+        self.texts = [setup.prompts[example.index].text for example in setup.datasets.heldout.examples]
+        self.anchor = AdapterOff(setup.policy) if setup.config.lora.rank else reference
+        if isinstance(self.anchor, Precomputed):
+            self.anchor = None  # it knows nothing of fresh answers
+
+    def evaluate(self, step: int, advance: Callable[[int], None]) -> Evaluation:
+        """Judges the policy as it stands; keeps the answers of step 0, and the latest.
+
+        Metrics: `score`, the mean of the judge's; `win_rate` against the answers before training, ties counting half;
+        `answer_length` in tokens; `finished`, the share that ended by themselves; `answer_kl`, the mean of
+        log pi - log pi_ref over the answers, in nats a completion, which estimates KL(pi || pi_ref).
+        """
+        setup, seed = self.setup, self.setup.config.seed
+        seeds = [prompt_seed(seed, text) for text in self.texts]
+        size = setup.sampling_plan.batch_size
+        answers = [a for (a,) in setup.policy.sample(self.texts, setup.sampling, 1, seeds, size, advance)]
+        first = [row["before"] for row in read_json_lines(self.path)] if step > 0 else []
+        scores, wins = self._judge(answers, first)
+        metrics = {
+            "score": _mean(scores),
+            "win_rate": _mean(wins),
+            "answer_length": float(np.mean([len(answer.token_ids) for answer in answers])),
+            "finished": float(np.mean([answer.is_finished for answer in answers])),
+            "answer_kl": self._kl(answers),
+        }
+        self._keep(answers, scores, wins, step)
+        return Evaluation({name: value for name, value in metrics.items() if value is not None}, {})
+
+    def _judge(self, answers: Sequence[Answer], first: Sequence[str]) -> tuple[list[float | None], list[float | None]]:
+        """Scores of the answers, and how they do against the first ones: 1 a win, 0.5 a tie, 0 a loss."""
+        others: list[tuple[str, ...]] = [(text,) for text in first] or [()] * len(answers)
+        questions = [
+            Question(text, (answer.text, *other))
+            for text, answer, other in zip(self.texts, answers, others, strict=True)
+        ]
+        verdicts = self.setup.judge.judge(questions)
+        compares = self.setup.config.judge.name == "server"
+        scores = [None if compares else verdict.scores[0] for verdict in verdicts]
+        return scores, [outcome(verdict) if first else None for verdict in verdicts]
+
+    @torch.no_grad()
+    def _kl(self, answers: Sequence[Answer]) -> float | None:
+        if self.anchor is None:
+            return None
+        setup = self.setup
+        scored = sequences(setup.datasets.heldout.examples, [answer.token_ids for answer in answers])
+        ratios = []
+        for batch in setup.layout.batches(scored, 2 * setup.max_tokens):
+            batch = batch.to(setup.policy.device)
+            (ref,) = self.anchor.token_logps([batch])
+            ratios += batch.sum_by_sequence(setup.policy.token_logps(batch).logps - ref).tolist()
+        return float(np.mean(ratios))
+
+    def _keep(
+        self,
+        answers: Sequence[Answer],
+        scores: Sequence[float | None],
+        wins: Sequence[float | None],
+        step: int,
+    ) -> None:
+        known = read_json_lines(self.path) if step > 0 else []
+        rows = []
+        for place, (text, answer) in enumerate(zip(self.texts, answers, strict=True)):
+            before = known[place]["before"] if known else answer.text
+            score_before = known[place]["score_before"] if known else scores[place]
+            rows.append(
+                {
+                    "prompt": _plain(text),
+                    "before": before,
+                    "score_before": score_before,
+                    "answer": answer.text,
+                    "score": scores[place],
+                    "wins": wins[place],
+                    "step": step,
+                }
+            )
+        make_folder(self.path.parent)
+        write_json_lines(self.path, rows)
+
+
+def summary_of(setup: OnlineSetup, run_dir: Path) -> dict[str, Any]:
+    """What came of the held-out answers, with 95% intervals over the prompts, and what the judge noticed."""
+    rows = read_json_lines(run_dir / _FILE)
+    scores = [(row["score_before"], row["score"]) for row in rows]
+    known = [(before, after) for before, after in scores if before is not None and after is not None]
+    found: dict[str, Any] = {"prompts": len(rows)}
+    if known:
+        before, after = np.array(known).T
+        for name, values in (("score_before", before), ("score", after), ("difference", after - before)):
+            found[name] = asdict(mean_with_interval(values))
+    wins = [row["wins"] for row in rows if row["wins"] is not None]
+    if wins:
+        found["win_rate"] = asdict(mean_with_interval(wins))
+    return {"answers": found, "judge": {"description": setup.judge.description, **setup.judge.report()}}
+
+
+def _plain(text: Text) -> Any:
+    return text if isinstance(text, str) else [dict(turn) for turn in text]
+
+
+def _mean(values: Sequence[float | None]) -> float | None:
+    known = [value for value in values if value is not None]
+    return float(np.mean(known)) if known else None
