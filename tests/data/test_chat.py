@@ -260,7 +260,7 @@ def test_rows_that_cannot_be_rendered_are_listed_and_the_others_kept(own: Any) -
     assert codes(data) == [("T02", "data.jsonl:1"), ("T03", "data.jsonl:3")]
     assert [example.index for example in data.examples] == [11, 13]
     assert data.texts == {11: pairs[1], 13: pairs[3]}
-    assert {"T01", "T02", "T03", "T04", "T05"} <= set(TOKEN_CHECKS)
+    assert {"T01", "T02", "T03", "T04", "T05", "T06"} <= set(TOKEN_CHECKS)
 
 
 # Every kind of example.
@@ -335,3 +335,69 @@ def test_unnamed_end_of_turn_survives_saving(own: Any, tmp_path: Path) -> None:
     loaded = AutoTokenizer.from_pretrained(tmp_path)
     assert loaded.all_special_ids == [0]  # the end of a turn is not among the named tokens
     assert loaded.decode(encode(loaded, ASK, ["two"])[1][0]) == "two<|im_end|>"
+
+
+# Completions that were cut off.
+
+
+def test_cut_off_plain_text_is_its_own_tokens_and_no_more(tokenizer: Any) -> None:
+    prompt_ids, completion_ids = encode(tokenizer, "the cat", [" sat on", " ran "], (False, True))
+    assert completion_ids == [plain_ids(tokenizer, " sat on"), [*plain_ids(tokenizer, " ran "), END]]
+    assert prompt_ids == encode(tokenizer, "the cat", [" sat on"])[0]
+
+
+CUT_TEMPLATES = {
+    "chatml": None,
+    "plain": PLAIN_CHAT_TEMPLATE,
+    "no special token behind the answer": (
+        "{% for m in messages %}[{{ m['role'] }}] {{ m['content'] }}. The end.\n{% endfor %}"
+        "{% if add_generation_prompt %}[assistant] {% endif %}"
+    ),
+    "trimmed": (
+        "{% for m in messages %}{{ '<|im_start|>' + m['role'] + '\n' + m['content'] | trim + '<|im_end|>\n' }}"
+        "{% endfor %}{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
+    ),
+}
+
+
+@pytest.mark.parametrize(
+    "answer", ["two three", "two ", "two\n\n", "end", "im_end|>", ".", "one<|im_end|>", "\uf8ff one"]
+)
+@pytest.mark.parametrize("template", CUT_TEMPLATES)
+def test_cut_off_messages_end_where_the_answer_does(template: str, answer: str, own: Any) -> None:
+    own.chat_template = CUT_TEMPLATES[template] or own.chat_template
+    start = " " if template == "plain" else ""  # which stands behind its "Assistant:"
+    prompt_ids, (cut, whole) = encode(own, ASK, [answer, "yes"], (False, True))
+    assert cut == plain_ids(own, start + answer)
+    assert (prompt_ids, [whole]) == encode(own, ASK, ["yes"])
+
+
+def test_only_the_last_turn_of_an_answer_is_cut_off(tokenizer: Any) -> None:
+    answer = [
+        {"role": "assistant", "content": "two"},
+        {"role": "user", "content": "yes"},
+        {"role": "assistant", "content": "no"},
+    ]
+    _, ((*cut,), whole) = encode(tokenizer, ASK, [answer, answer], (False, True))
+    assert [*cut, END] == whole
+
+
+def test_a_template_that_hides_the_end_of_a_cut_off_answer_is_a_problem(own: Any) -> None:
+    own.chat_template = (
+        "{% for m in messages %}{{ m['content'][:20] }}{% endfor %}{% if add_generation_prompt %}{% endif %}"
+    )
+    pair = Pair(ASK, "two " * 10, "one", "data.jsonl:1", finished=(False, True))
+    assert codes(tokenize_examples([pair], own, 100)) == [("T06", "data.jsonl:1")]
+
+
+def test_examples_are_tokenised_with_the_ends_that_they_have(tokenizer: Any) -> None:
+    pair, single = Pair("the", " cat", " dog", finished=(False, True)), Unpaired("the", " cat", True, finished=(False,))
+    ranking = Ranking("the", (" cat", " dog"), finished=(True, False))
+    data = tokenize_examples([pair, single, ranking], tokenizer, 20)
+    cat, dog = plain_ids(tokenizer, " cat"), plain_ids(tokenizer, " dog")
+    assert [example.completion_ids for example in data.examples] == [
+        (cat, [*dog, END]),
+        (cat,),
+        ([*cat, END], dog),
+    ]
+    assert data.num_truncated == 0

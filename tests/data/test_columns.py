@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from penchant.data.columns import label_of, margin_of, number_of, weight_of, win_probabilities_of
+from penchant.data.columns import FINISHED, finished_of, label_of, margin_of, number_of, weight_of, win_probabilities_of
 from penchant.data.messages import RefusedError
 
 Reader = Callable[[dict[str, Any]], Any]
@@ -16,6 +16,7 @@ READERS: dict[str, Reader] = {
     "weight": weight_of,
     "margin": margin_of,
     "win probabilities": win_probabilities_of,
+    "finished": lambda row: finished_of(row, FINISHED),
 }
 
 GOOD: list[tuple[str, dict[str, Any], Any]] = [
@@ -55,9 +56,18 @@ GOOD: list[tuple[str, dict[str, Any], Any]] = [
         {"chosen_win_probability": None, "chosen_probs_win": 0.5, "chosen_probs_lose": 0.5},
         (0.5, 0.5),
     ),
+    ("finished", {}, None),
+    ("finished", {"chosen_finished": None, "rejected_finished": None}, None),
+    ("finished", {"chosen_finished": True, "rejected_finished": True}, None),
+    ("finished", {"chosen_finished": True, "rejected_finished": False}, (True, False)),
+    ("finished", {"chosen_finished": 0, "rejected_finished": 1.0}, (False, True)),
+    ("finished", {"rejected_finished": False}, (True, False)),
 ]
 
 BAD: list[tuple[str, dict[str, Any], str, str]] = [
+    ("finished", {"chosen_finished": "yes"}, "D29", "chosen_finished is text"),
+    ("finished", {"chosen_finished": True, "rejected_finished": 2}, "D29", "rejected_finished is another number"),
+    ("finished", {"rejected_finished": [False]}, "D29", "rejected_finished is a list"),
     ("label", {"label": 2}, "D18", "label is another number than 0 and 1"),
     ("label", {"label": -1}, "D18", "label is another number than 0 and 1"),
     ("label", {"label": 0.5}, "D18", "label is another number than 0 and 1"),

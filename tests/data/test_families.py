@@ -572,6 +572,28 @@ def test_every_family_of_pairs_takes_the_optional_columns(family: str) -> None:
     assert pair == Pair(plain.prompt, plain.chosen, plain.rejected, "rows[0]", 3.0, 0.0, (0.75, 0.25))
 
 
+def test_flags_of_the_completions_go_with_them_into_their_order() -> None:
+    row = {"prompt": "p", "completions": ["low", "high", "mid"], "scores": [1, 3, 2]}
+    for flags, finished in {
+        (True, True, False): (True, False, True),
+        (False, 1, None): (True, True, False),
+        (False, False, False): (False, False, False),
+        (True, None, True): None,
+    }.items():
+        (ranking,) = examples_from_rows([{**row, "finished": list(flags)}]).examples
+        assert ranking == Ranking("p", ("high", "mid", "low"), "rows[0]", 1.0, (3.0, 2.0, 1.0), finished)
+
+
+def test_a_single_completion_and_the_sides_of_a_pair_have_a_flag_each() -> None:
+    single = {"prompt": "p", "completion": "c", "label": True}
+    for flag, finished in {True: None, False: (False,), None: None}.items():
+        assert examples_from_rows([{**single, "finished": flag}]).examples == [
+            Unpaired("p", "c", True, "rows[0]", finished=finished)
+        ]
+    (pair,) = examples_from_rows([{**GOOD_ROW, "rejected_finished": False}]).examples
+    assert pair == Pair("2 + 2 =", " 4", " 5", "rows[0]", finished=(True, False))
+
+
 @pytest.mark.parametrize(("chosen", "rejected"), SCORES)
 def test_every_spelling_of_scores_gives_their_difference_as_margin(chosen: str, rejected: str) -> None:
     row = {"instruction": "Is it?", "chosen_response": "Yes.", "rejected_response": "No.", chosen: 4.75, rejected: 1.5}

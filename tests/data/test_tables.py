@@ -112,3 +112,10 @@ def test_a_line_far_too_long_stops_the_reading(tmp_path: Path) -> None:
     path = written(tmp_path, f"{HEADER}p,c,{'r' * 10_000_000}\n")
     with pytest.raises(UserError, match=r"line 2 has 10 MB or more; check the line breaks"):
         list(read_rows(path))
+
+
+def test_flags_in_text_are_flags_alone_and_in_lists(tmp_path: Path) -> None:
+    path = written(tmp_path, "prompt,completion,finished\np,c,False\np,c,\n")
+    assert [example.finished for example in read_examples(path).examples] == [(False,), None]
+    path = written(tmp_path, 'prompt,ranked_completions,finished\np,"[""a"", ""b""]","[false, true]"\n')
+    assert [example.finished for example in read_examples(path).examples] == [(False, True)]

@@ -228,3 +228,24 @@ def test_the_pairs_of_a_ranking_share_its_weight_and_prefer_the_higher_score(
     for pair in made:
         assert isinstance(pair, Pair)
         assert pair.margin == score_of[str(pair.chosen)] - score_of[str(pair.rejected)] > 0
+
+
+def test_what_was_cut_off_stays_so_in_every_kind() -> None:
+    pair = Pair("p", "good", "bad", "f:1", finished=(True, False))
+    assert [example.finished for example in as_unit([pair], "unpaired")[0]] == [None, (False,)]
+    assert [example.finished for example in as_unit([pair], "ranking")[0]] == [(True, False)]
+    singles: list[Example] = [
+        Unpaired("p", "bad", False, "f:1", finished=(False,)),
+        Unpaired("p", "good", True, "f:2"),
+    ]
+    assert [example.finished for example in as_unit(singles, "pair")[0]] == [(True, False)]
+
+
+def test_pairs_of_a_ranking_take_the_flags_of_their_completions() -> None:
+    ranking = Ranking("p", ("a", "b", "c"), "f:1", scores=(3.0, 2.0, 1.0), finished=(True, False, True))
+    pairs = as_unit([ranking], "pair", "all")[0]
+    assert {pair.completions: pair.finished for pair in pairs if isinstance(pair, Pair)} == {
+        ("a", "b"): (True, False),
+        ("a", "c"): None,
+        ("b", "c"): (False, True),
+    }

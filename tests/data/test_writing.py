@@ -23,10 +23,12 @@ PLAIN = Pair("p", " c\n", "r\u2028", weight=2.0, margin=0.0, win_probabilities=(
 CHAT = Pair([said("system", "S"), QUESTION, YES, user("Sure?")], [YES], [NO], margin=1.5)
 LONG = Pair([QUESTION], [YES, user("Sure?"), YES], [NO])
 JUDGED = Unpaired([QUESTION], [NO], False, weight=0.5)
+CUT = Pair([QUESTION], [YES], [NO], finished=(True, False))
+CUT_SINGLE = Unpaired([QUESTION], [NO], False, finished=(False,))
 HOLDS: dict[str, list[Example]] = {
-    "trl": [PLAIN, CHAT, LONG, JUDGED, Unpaired("p", "c", True), Unpaired("p", "c", None)],
-    "sharegpt": [CHAT, JUDGED, Unpaired([QUESTION], [YES], None)],
-    "openai": [CHAT, LONG],
+    "trl": [PLAIN, CHAT, LONG, JUDGED, CUT, CUT_SINGLE, Unpaired("p", "c", True), Unpaired("p", "c", None)],
+    "sharegpt": [CHAT, JUDGED, CUT, CUT_SINGLE, Unpaired([QUESTION], [YES], None)],
+    "openai": [CHAT, LONG, CUT],
 }
 
 
@@ -162,3 +164,11 @@ def test_any_examples_read_back_or_are_refused(
     if written:
         write_rows(written, path, family)
         assert without_source(read_examples(path).examples) == written
+
+
+def test_flags_are_written_where_something_was_cut_off(tmp_path: Path) -> None:
+    write_rows([replace(CUT, finished=(True, True)), CUT, CUT_SINGLE], tmp_path / "rows.jsonl", "trl")
+    whole, cut, single = map(json.loads, (tmp_path / "rows.jsonl").read_text().splitlines())
+    assert whole.keys() == {"prompt", "chosen", "rejected"}
+    assert (cut["chosen_finished"], cut["rejected_finished"]) == (True, False)
+    assert single["finished"] is False

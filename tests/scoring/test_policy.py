@@ -10,7 +10,10 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from penchant.models.generation import Sampling
 from penchant.scoring.policy import Policy
+
+from ..conftest import make_tiny_model
 
 PROMPTS = ["what is one", "the cat sat on the red mat under a blue tree", "the capital of France is"]
 COMPLETIONS = ["two three", "", "Paris yes no yes"]
@@ -135,17 +138,15 @@ def test_generating_leaves_modes_and_padding_side_as_they_were(policy: Policy) -
     assert policy.tokenizer.padding_side == "right"
 
 
-def test_padding_side_and_modes_survive_a_failure(policy: Policy, monkeypatch: pytest.MonkeyPatch) -> None:
-    def fail(*_: Any, **__: Any) -> None:
-        raise RuntimeError("out of memory")
+def test_modes_survive_a_failure(policy: Policy) -> None:
+    def fail(*_: Any) -> None:
+        raise MemoryError("out of memory")
 
     policy.model.train()
-    policy.tokenizer.padding_side = "right"
-    monkeypatch.setattr(policy.model, "generate", fail)
-    with pytest.raises(RuntimeError, match="out of memory"):
+    policy.model.lm_head.register_forward_hook(fail)
+    with pytest.raises(MemoryError):
         policy.generate(PROMPTS)
     assert policy.model.training
-    assert policy.tokenizer.padding_side == "right"
 
 
 @pytest.mark.parametrize("eos_token", ["<|im_end|>", "<|endoftext|>"])
@@ -154,6 +155,8 @@ def test_answer_ends_with_the_templates_turn_whatever_the_end_of_text(
 ) -> None:
     tokenizer = copy.deepcopy(tokenizer)
     tokenizer.eos_token = eos_token
+    policy = Policy(tiny_model, tokenizer)
+    policy.generate(["one"], max_new_tokens=1)  # the first call of all holds the model against itself
     calls: list[int] = []
 
     def end_at_third(_: nn.Module, __: Any, logits: Tensor) -> Tensor:
@@ -162,6 +165,54 @@ def test_answer_ends_with_the_templates_turn_whatever_the_end_of_text(
         return logits.index_fill(-1, torch.tensor([wanted]), 1e4)
 
     tiny_model.lm_head.register_forward_hook(end_at_third)
-    answers = Policy(tiny_model, tokenizer).generate([[{"role": "user", "content": "one"}]], max_new_tokens=8)
-    assert answers == ["aa"]
+    (answer,) = policy.sample([[{"role": "user", "content": "one"}]], Sampling(0.0, max_new_tokens=8))[0]
+    assert answer.text == "aa"
+    assert answer.is_finished
+    assert tokenizer.convert_ids_to_tokens(answer.token_ids) == ["a", "a", "<|im_end|>"]
     assert len(calls) == 3
+
+
+def test_sampled_texts_are_exactly_what_follows_the_prompt(policy: Policy, tokenizer: Any) -> None:
+    messages = [{"role": "user", "content": "what is one"}]
+    prompts = [*PROMPTS, messages]
+    rendered = [*PROMPTS, tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)]
+    answers = policy.sample(prompts, Sampling(max_new_tokens=12), 8)
+    assert [len(group) for group in answers] == [8] * 4
+    for text, group in zip(rendered, answers, strict=True):
+        for answer in group:
+            ids = tokenizer(text).input_ids + list(answer.token_ids)
+            whole = tokenizer.decode(ids, skip_special_tokens=False, clean_up_tokenization_spaces=False)
+            for special in tokenizer.all_special_tokens:
+                whole, text = whole.replace(special, ""), text.replace(special, "")
+            assert text + answer.text == whole
+            assert answer.is_finished == (answer.token_ids[-1] == tokenizer.eos_token_id)
+    texts = [answer.text for group in answers for answer in group]
+    assert any(text != text.strip() for text in texts)
+    assert len(set(texts)) > 20
+
+
+def test_samples_of_a_prompt_hang_on_its_seed_and_not_on_its_company(policy: Policy) -> None:
+    sampling = Sampling(0.8, top_p=0.9, max_new_tokens=6)
+    together = policy.sample(PROMPTS, sampling, 3, seeds=[5, 6, 7])
+    assert policy.sample(PROMPTS[1:2], sampling, 3, seeds=[6], max_rows=2) == together[1:2]
+    assert policy.sample(PROMPTS, sampling, 3) == policy.sample(PROMPTS, sampling, 3, seeds=[0, 1, 2]) != together
+
+
+def test_equal_prompts_get_different_answers(policy: Policy) -> None:
+    assert len(set(policy.generate([PROMPTS[0]] * 6, max_new_tokens=8, temperature=1.0))) == 6
+
+
+def test_a_tokenizer_that_drops_the_first_space_loses_none(tiny_model: nn.Module) -> None:
+    """As sentencepiece's do: the words carry their space in front, and at the start of a text it is not shown."""
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+    from transformers import PreTrainedTokenizerFast
+
+    words = {"<s>": 0, "</s>": 1, **{f"▁{word}": number for number, word in enumerate(["cat", "dog", "sat"], 2)}}
+    made = Tokenizer(models.WordLevel(words, unk_token="<s>"))
+    made.pre_tokenizer = pre_tokenizers.Metaspace()
+    made.decoder = decoders.Metaspace()
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=made, bos_token="<s>", eos_token="</s>", pad_token="</s>")
+    assert tokenizer.decode([2, 3]) == "cat dog"
+    model = make_tiny_model(vocab_size=5)
+    answers = Policy(model, tokenizer).sample(["cat sat"], Sampling(max_new_tokens=1), 12)[0]
+    assert {answer.text for answer in answers} == {" cat", " dog", " sat", ""}

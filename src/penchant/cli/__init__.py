@@ -8,7 +8,7 @@ import sys
 from collections.abc import Callable, Sequence
 from typing import Any
 
-from penchant.cli import data, showing, training
+from penchant.cli import data, evaluating, online, showing, training
 from penchant.config import option_names, parse_value
 from penchant.errors import UserError, nearest
 
@@ -62,7 +62,7 @@ def _parser() -> argparse.ArgumentParser:
         added.set_defaults(run=run)
         return added
 
-    for room in (training, data, showing):
+    for room in (training, data, online, evaluating, showing):
         room.add_verbs(verb)
     return parser
 

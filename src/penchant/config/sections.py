@@ -9,6 +9,8 @@ from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 
 class Section(BaseModel):
+    """A group of keys; unknown ones are refused."""
+
     model_config = ConfigDict(extra="forbid", use_attribute_docstrings=True, validate_default=True)
 
 
@@ -121,7 +123,7 @@ class OnlineConfig(Section):
     pairs: Literal["best_worst", "random", "all", "best"] | None = None
     """best_worst; random: disjoint pairs; all pairs; best: the best alone, for sft. Equal scores make no pair."""
     min_gap: float = Field(default=0.0, ge=0)
-    """Least difference of the scores of a pair."""
+    """The scores of a pair must differ by more than this."""
     accept: int | None = Field(default=None, ge=1)
     """Keep so many of the completions by rejection sampling before they are paired; rso 8."""
     accept_beta: float | None = Field(default=None, gt=0)

@@ -10,8 +10,9 @@ from dataclasses import dataclass, field
 from typing import Any, Literal
 
 from penchant.data.formats import RowProblem
+from penchant.data.messages import turns_of
 from penchant.errors import UserError
-from penchant.examples import Example, Pair, Text, TokenizedExample, Unpaired
+from penchant.examples import Example, Finished, Message, Pair, Text, TokenizedExample, Unpaired
 
 TOKEN_CHECKS = {
     "T01": "the prompt alone fills max_length",
@@ -19,6 +20,7 @@ TOKEN_CHECKS = {
     "T03": "the rendered prompt does not begin the rendered conversation",
     "T04": "longer than max_length",
     "T05": "completions that are the same tokens within max_length",
+    "T06": "the chat template hides where an answer was cut off",
 }
 """What can be wrong with a row once it is rendered and tokenised, by code."""
 
@@ -32,6 +34,9 @@ PLAIN_CHAT_TEMPLATE = (
     "{% if add_generation_prompt %}{{ '\n\nAssistant:' }}{% endif %}"
 )
 """A chat template for tokenizers without one: the turns of the HH dialogues, written out."""
+
+_CUT_OFF = "\uf8ff"
+"""Put behind a completion that was cut off, to find its end in what a template renders: a letter of no language."""
 
 TEMPLATE_SECONDS = 10.0
 """Most time a chat template has for one conversation."""
@@ -73,7 +78,7 @@ def tokenize_examples(
             begin(example)
             advance(1)
             try:
-                prompt_ids, completion_ids = encode(tokenizer, example.prompt, example.completions)
+                prompt_ids, completion_ids = encode(tokenizer, example.prompt, example.completions, example.finished)
             except RenderError as error:
                 data.problems.append(RowProblem(error.code, example.source, str(error)))
                 continue
@@ -127,17 +132,22 @@ def _tokenized(
     )
 
 
-def encode(tokenizer: Any, prompt: Text, completions: Sequence[Text]) -> tuple[list[int], list[list[int]]]:
+def encode(
+    tokenizer: Any, prompt: Text, completions: Sequence[Text], finished: Finished = None
+) -> tuple[list[int], list[list[int]]]:
     """Token ids of a prompt and of completions to it.
 
     Messages are rendered by the tokenizer's chat template. Plain text is taken as it is: the prompt with the
-    tokenizer's special tokens in front, the completion with the end-of-sequence token behind. Prompt and completion
-    are tokenised apart, as they are when a model is asked and answers, so the seam is always a token boundary.
+    tokenizer's special tokens in front, the completion with the end-of-sequence token behind. A completion that is not
+    finished has no end token. Prompt and completion are tokenised apart, as they are when a model is asked and answers,
+    so the seam is always a token boundary.
 
     Raises:
-        RenderError: the template refuses the messages, or its rendered prompt is not how the conversation begins.
+        RenderError: the template refuses the messages, or does not render the prompt as the beginning of the
+            conversation, or an unfinished completion as it stands.
     """
-    prompt_text, completion_texts = render(tokenizer, prompt, completions)
+    flags = finished or (True,) * len(completions)
+    prompt_text, completion_texts = render(tokenizer, prompt, completions, flags)
     is_plain = isinstance(prompt, str)
     prompt_ids = tokenizer(prompt_text, add_special_tokens=is_plain).input_ids
     if is_plain and prompt_ids and prompt_ids[-1] == tokenizer.eos_token_id != tokenizer.bos_token_id:
@@ -145,8 +155,9 @@ def encode(tokenizer: Any, prompt: Text, completions: Sequence[Text]) -> tuple[l
     if not prompt_ids:  # the first completion token needs something before it
         start = tokenizer.bos_token_id if tokenizer.bos_token_id is not None else tokenizer.eos_token_id
         prompt_ids = [start]
+    completion_ids = [tokenizer(text, add_special_tokens=False).input_ids for text in completion_texts]
     return prompt_ids, [
-        _ended(tokenizer, tokenizer(text, add_special_tokens=False).input_ids) for text in completion_texts
+        _ended(tokenizer, ids) if is_finished else ids for ids, is_finished in zip(completion_ids, flags, strict=True)
     ]
 
 
@@ -158,23 +169,39 @@ class RenderError(Exception):
         self.code = code
 
 
-def render(tokenizer: Any, prompt: Text, completions: Sequence[Text]) -> tuple[str, list[str]]:
-    """Prompt and completions as the text that the model sees."""
+def render(
+    tokenizer: Any, prompt: Text, completions: Sequence[Text], finished: Finished = None
+) -> tuple[str, list[str]]:
+    """Prompt and completions as the text that the model sees; an unfinished one without what the template adds."""
     if isinstance(prompt, str):
         texts = [completion for completion in completions if isinstance(completion, str)]
         if len(texts) < len(completions):
             raise ValueError("a plain prompt takes plain completions; messages as completions need messages as prompt")
         return prompt, texts
     prompt_text = _apply_template(tokenizer, prompt, add_generation_prompt=True)
-    completion_texts = []
-    for completion in completions:
-        if isinstance(completion, str):
-            completion = [{"role": "assistant", "content": completion}]
-        whole = _apply_template(tokenizer, [*prompt, *completion], add_generation_prompt=False)
-        if not whole.startswith(prompt_text):
-            raise RenderError("T03", "the chat template renders the prompt differently once an answer follows")
-        completion_texts.append(whole[len(prompt_text) :])
-    return prompt_text, completion_texts
+    flags = finished or (True,) * len(completions)
+    return prompt_text, [
+        _render_completion(tokenizer, prompt, prompt_text, turns_of(completion, "assistant"), is_finished)
+        for completion, is_finished in zip(completions, flags, strict=True)
+    ]
+
+
+def _render_completion(
+    tokenizer: Any, prompt: Sequence[Message], prompt_text: str, completion: Sequence[Message], is_finished: bool
+) -> str:
+    """What stands behind the rendered prompt."""
+    if not is_finished:
+        *before, last = completion
+        completion = [*before, {**last, "content": last["content"] + _CUT_OFF}]
+    whole = _apply_template(tokenizer, [*prompt, *completion], add_generation_prompt=False)
+    if not whole.startswith(prompt_text):
+        raise RenderError("T03", "the chat template renders the prompt differently once an answer follows")
+    if is_finished:
+        return whole[len(prompt_text) :]
+    text, mark, _ = whole[len(prompt_text) :].rpartition(_CUT_OFF)
+    if not mark:
+        raise RenderError("T06", "the chat template hides where the answer was cut off; drop the row")
+    return text
 
 
 def _apply_template(tokenizer: Any, messages: Sequence[Any], add_generation_prompt: bool) -> str:

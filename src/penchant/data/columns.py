@@ -1,4 +1,4 @@
-"""Optional columns, the same in every row family: labels, weights, margins, scores, win probabilities.
+"""Optional columns, the same in every row family: labels, weights, margins, scores, win probabilities, ends.
 
 A column that is null counts as absent. Numbers come out finite; true and false are no numbers.
 """
@@ -6,11 +6,13 @@ A column that is null counts as absent. Numbers come out finite; true and false 
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from itertools import chain
 from numbers import Real
 from typing import Any
 
 from penchant.data.messages import RefusedError, Row, kind_of
+from penchant.examples import Finished
 
 LABELS = ("label", "kto_tag")
 """Columns that say whether a single completion is desirable; the first that is filled counts."""
@@ -32,8 +34,11 @@ WIN_PROBABILITIES = (
 )
 """Spellings of the chances of chosen and of rejected to win; the first that is filled counts."""
 
-NUMBERS = frozenset({*LABELS, "weight", "margin", *chain(*SCORES, *WIN_PROBABILITIES)})
-"""The columns that hold one number, or true or false."""
+FINISHED = ("chosen_finished", "rejected_finished")
+"""Columns that say of each completion of a pair whether it ended by itself; `finished` does of a single one."""
+
+NUMBERS = frozenset({*LABELS, "weight", "margin", *chain(*SCORES, *WIN_PROBABILITIES), *FINISHED, "finished"})
+"""The columns that hold one number, or true or false (or, of `finished`, a list of these)."""
 
 
 def number_of(value: Any, name: str, code: str = "D22") -> float:
@@ -55,12 +60,28 @@ def label_of(row: Row) -> bool | None:
         value = row.get(name)
         if value is None:
             continue
-        # 0 and 1 are what true and false become in tables; 0.0 and 1.0 where the column has gaps.
-        if not isinstance(value, Real) or value not in (0, 1):
-            found = "another number than 0 and 1" if isinstance(value, Real) else kind_of(value)
-            raise RefusedError("D18", f"{name} is {found}; write true for a desirable completion, false for the others")
-        return bool(value)
+        return _truth(value, name, "D18", "write true for a desirable completion, false for the others")
     return None
+
+
+def finished_of(row: Row, names: Sequence[str]) -> Finished:
+    """Which completions ended by themselves, as the columns of these names say; where one says nothing, it did."""
+    return finished_from([row.get(name) for name in names], names)
+
+
+def finished_from(values: Sequence[Any], names: Sequence[str]) -> Finished:
+    """The same from the fields, one a completion; `names` are for the refusal."""
+    mend = "write true for a completion that ended by itself, false for one that was cut off"
+    flags = tuple(value is None or _truth(value, name, "D29", mend) for value, name in zip(values, names, strict=True))
+    return None if all(flags) else flags
+
+
+def _truth(value: Any, name: str, code: str, mend: str) -> bool:
+    # 0 and 1 are what true and false become in tables; 0.0 and 1.0 where the column has gaps.
+    if not isinstance(value, Real) or value not in (0, 1):
+        found = "another number than 0 and 1" if isinstance(value, Real) else kind_of(value)
+        raise RefusedError(code, f"{name} is {found}; {mend}")
+    return bool(value)
 
 
 def weight_of(row: Row) -> float:

@@ -14,7 +14,7 @@ unpaired   one completion, perhaps with a label: prompt (or instruction, questio
            conversations, or completion) that end with it; instruction and output
 
 A `system` column may stand beside all but openai. All but the last two are pairs. Whatever cannot train is refused with
-a `RefusedError`.
+a `RefusedError`. Of every row that has one the prompt alone can be had, also where no completion stands beside it.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import chain
 
-from penchant.data.columns import label_of, margin_of, weight_of, win_probabilities_of
+from penchant.data.columns import FINISHED, finished_of, label_of, margin_of, weight_of, win_probabilities_of
 from penchant.data.hh import is_hh, is_hh_prompt, read_hh, split_hh
 from penchant.data.messages import (
     SIDES,
@@ -31,8 +31,10 @@ from penchant.data.messages import (
     Parts,
     RefusedError,
     Row,
+    check_characters,
     check_example,
     check_filled,
+    check_prompt,
     is_list,
     keys_of,
     kind_of,
@@ -48,9 +50,9 @@ from penchant.data.messages import (
     turns_of,
     with_system,
 )
-from penchant.data.rankings import completions_of, has_completions, names_of, order_of
+from penchant.data.rankings import completions_of, finished_in_order, has_completions, names_of, order_of
 from penchant.errors import UserError, nearest
-from penchant.examples import Example, Pair, Ranking, Text, Unpaired
+from penchant.examples import Example, Message, Pair, Ranking, Text, Unpaired
 
 _QUESTIONS = ("instruction", "question", "input")
 """Columns that hold the question where there is no `prompt`; the first that is filled counts."""
@@ -84,6 +86,15 @@ def family_of(row: Row) -> Family:
     )
 
 
+def prompt_of(row: Row, family: Family | None = None) -> Text:
+    """The prompt of a row, whatever there is of completions; `family` is the one to read it as."""
+    refuse_tools(row, "the row")
+    prompt = (family or (_PROMPT_ONLY if _has_prompt_alone(row) else family_of(row))).read(row)[0]
+    check_characters("prompt", prompt)
+    check_prompt(prompt)
+    return prompt
+
+
 def family_named(name: str) -> Family:
     """The family that a user names, to read every row as one of it.
 
@@ -105,14 +116,15 @@ def _build_pair(row: Row, parts: Parts, source: str) -> Pair:
     refuse_tools(row, "the row")
     check_example(parts, side_names(row))
     prompt, chosen, rejected = parts
-    return Pair(prompt, chosen, rejected, source, weight_of(row), margin_of(row), win_probabilities_of(row))
+    columns = weight_of(row), margin_of(row), win_probabilities_of(row), finished_of(row, FINISHED)
+    return Pair(prompt, chosen, rejected, source, *columns)
 
 
 def _build_unpaired(row: Row, parts: Parts, source: str) -> Unpaired:
     refuse_tools(row, "the row")
     check_example(parts, ["completion"])
     prompt, completion = parts
-    return Unpaired(prompt, completion, label_of(row), source, weight_of(row))
+    return Unpaired(prompt, completion, label_of(row), source, weight_of(row), finished_of(row, ["finished"]))
 
 
 def _build_ranking(row: Row, parts: Parts, source: str) -> Ranking:
@@ -121,7 +133,7 @@ def _build_ranking(row: Row, parts: Parts, source: str) -> Ranking:
     check_example(parts, names_of(completions))
     order, scores = order_of(row)
     best_first = tuple(completions[place] for place in order)
-    return Ranking(prompt, best_first, source, weight_of(row), scores)
+    return Ranking(prompt, best_first, source, weight_of(row), scores, finished_in_order(row, order))
 
 
 # The families, one function each.
@@ -167,13 +179,17 @@ def _read_sharegpt(row: Row) -> Parts:
 
 
 def _read_openai(row: Row) -> Parts:
+    prompt = _openai_prompt(row)
+    chosen, rejected = sides_of(row)
+    return prompt, turns_of(chosen, "assistant"), turns_of(rejected, "assistant")
+
+
+def _openai_prompt(row: Row) -> Messages:
     asked = row.get("input", {})
     if not isinstance(asked, Mapping):
         raise RefusedError("D04", f"input is {kind_of(asked)}; it must be an object with a list of messages here")
     refuse_tools(asked, "input")
-    chosen, rejected = sides_of(row)
-    prompt = turns_of(text_or_messages(asked, "messages"), "user")
-    return prompt, turns_of(chosen, "assistant"), turns_of(rejected, "assistant")
+    return turns_of(text_or_messages(asked, "messages"), "user")
 
 
 def _read_question(row: Row) -> Parts:
@@ -230,20 +246,36 @@ def _read_unpaired(row: Row) -> Parts:
 
 def _split_conversation(row: Row, key: str) -> Parts:
     """The last turn of a conversation is the completion, and everything before it the prompt."""
-    turns = text_or_messages(row, key)
-    if isinstance(turns, str):
-        raise RefusedError("D04", f"{key} is text; it must be a list of messages here")
+    turns = _conversation_of(row, key)
     check_filled(f"the last turn of {key}", turns)
     if turns[-1]["role"] != "assistant":
         raise RefusedError("D11", f"{key} ends with a {turns[-1]['role']} turn; cut it off or add the answer")
     return turns[:-1], turns[-1:]
 
 
+def _conversation_of(row: Row, key: str) -> Sequence[Message]:
+    turns = text_or_messages(row, key)
+    if isinstance(turns, str):
+        raise RefusedError("D04", f"{key} is text; it must be a list of messages here")
+    return turns
+
+
 def _conversation_key(row: Row) -> str:
     return "conversations" if "conversations" in row else "messages"
 
 
-def _refuse_prompt_only(row: Row) -> Parts:
+def _read_prompt(row: Row) -> Parts:
+    """The prompt without completions; an answer at the end of a conversation is left out."""
+    if "conversations" in row or "messages" in row:
+        turns = _conversation_of(row, _conversation_key(row))
+        is_answered = len(turns) > 0 and turns[-1]["role"] == "assistant"
+        return with_system(row, (turns[:-1] if is_answered else turns,))
+    if isinstance(row.get("input"), Mapping):
+        return (_openai_prompt(row),)
+    return (_answered if _is_question(row) else _join)(row, (), ())
+
+
+def _refuse_prompt_only(row: Row, parts: Parts, source: str) -> Example:
     raise RefusedError(
         "D14",
         f"the row holds a prompt without chosen and rejected (keys {keys_of(row)}); online methods train on"
@@ -281,6 +313,12 @@ def _is_ranked(row: Row) -> bool:
     return has_completions(row) and (asked or not ("conversations" in row or "messages" in row))
 
 
+def _has_prompt_alone(row: Row) -> bool:
+    if _is_pair(row) or has_completions(row) or "completion" in row or "output" in row:
+        return False
+    return _is_question(row) or any(key in row for key in ("prompt", "messages", "conversations"))
+
+
 def _is_single(row: Row) -> bool:
     return any(key in row for key in ("label", "kto_tag", "completion", "messages", "conversations", "output"))
 
@@ -302,4 +340,5 @@ OTHERS: tuple[Family, ...] = (
 )
 """The families of the other rows."""
 
-_PROMPT_ONLY = Family("prompt only", lambda row: "prompt" in row, _refuse_prompt_only, _build_unpaired)
+_PROMPT_ONLY = Family("prompt only", lambda row: "prompt" in row, _read_prompt, _refuse_prompt_only)
+"""Rows with a prompt and nothing else: they are read, and make no example."""

@@ -47,6 +47,7 @@ CHECKS: dict[str, str] = {
     "D26": "a win probability missing or outside [0, 1]",
     "D27": "tools or tool calls, which are not trained",
     "D28": "a line of 10 MB or more",
+    "D29": "whether a completion is finished is not told as true or false, one for each",
 }
 """Code of a row problem -> the reason in a few words, for counts by reason.
 
@@ -108,8 +109,7 @@ def stream_rows(
     Raises:
         UserError: there is no such family.
     """
-    sources = ((f"{name}[{index}]", row) for index, row in enumerate(rows))
-    return _stream(sources, family_named(family) if family else None)
+    return _stream(with_sources(rows, name), family_named(family) if family else None)
 
 
 def read_examples(path: str | Path, family: str | None = None) -> ExampleData:
@@ -126,26 +126,35 @@ def examples_from_rows(rows: Iterable[Any], name: str = "rows", family: str | No
     return _collect(stream_rows(rows, name, family))
 
 
+def with_sources(rows: Iterable[Any], name: str) -> Iterator[tuple[str, Any]]:
+    """Rows in memory, each behind what messages call it: the first is `name[0]`."""
+    return ((f"{name}[{index}]", row) for index, row in enumerate(rows))
+
+
+def fields_of(row: Any) -> Row:
+    """What is filled: in tables every row has all columns, so null stands for nothing.
+
+    Raises:
+        RefusedError: the row could not be read, or is no object.
+    """
+    if isinstance(row, Unreadable):
+        raise RefusedError(row.code, row.reason)
+    if not isinstance(row, Mapping):
+        raise RefusedError("D01", f"the row is {kind_of(row)}; write one JSON object with named fields")
+    return {key: value for key, value in row.items() if value is not None}
+
+
 def _stream(rows: Iterable[tuple[str, Any]], forced: Family | None) -> Iterator[tuple[str, Example | RowProblem]]:
     for source, row in rows:
         name = ""
         try:
-            fields = _fields_of(row)
+            fields = fields_of(row)
             family = forced or family_of(fields)
             name = family.name
             found: Example | RowProblem = family.build(fields, family.read(fields), source)
         except RefusedError as refused:
             found = RowProblem(refused.code, source, str(refused))
         yield name, found
-
-
-def _fields_of(row: Any) -> Row:
-    """What is filled: in tables every row has all columns, so null stands for nothing."""
-    if isinstance(row, Unreadable):
-        raise RefusedError(row.code, row.reason)
-    if not isinstance(row, Mapping):
-        raise RefusedError("D01", f"the row is {kind_of(row)}; write one JSON object with named fields")
-    return {key: value for key, value in row.items() if value is not None}
 
 
 def _collect(stream: Iterable[tuple[str, Example | RowProblem]]) -> ExampleData:

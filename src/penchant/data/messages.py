@@ -180,21 +180,8 @@ def opens_with_answer(text: Text) -> bool:
 def check_example(parts: Parts, names: Sequence[str]) -> None:
     """Refuses an example that cannot train, for the first reason found; `names` are those of its completions."""
     for name, text in zip(("prompt", *names), parts, strict=True):
-        for content in [text] if isinstance(text, str) else [turn["content"] for turn in text]:
-            if bad := _BAD_CHARACTER.search(content):
-                raise RefusedError(
-                    "D12", f"{name} holds the character U+{ord(bad[0]):04X}, which is no text; remove it"
-                )
-    prompt = turns_of(parts[0], "user")
-    if not prompt or not prompt[-1]["content"].strip():
-        raise RefusedError("D07", "the prompt is empty; fill it in or delete the row")
-    if prompt[-1]["role"] == "assistant":
-        completions = "the completion" if len(names) == 1 else "the completions"
-        raise RefusedError(
-            "D09",
-            f"the prompt ends with an assistant turn, which {completions} would continue;"
-            f" move that turn into {completions} or delete the row",
-        )
+        check_characters(name, text)
+    check_prompt(parts[0], "the completion" if len(names) == 1 else "the completions")
     for name, side in zip(names, parts[1:], strict=True):
         check_filled(name, side)
         turns = turns_of(side, "assistant")
@@ -205,6 +192,26 @@ def check_example(parts: Parts, names: Sequence[str]) -> None:
         if turns[-1]["role"] != "assistant":
             raise RefusedError("D11", f"{name} ends with a {turns[-1]['role']} turn; cut it off or add the answer")
     check_differ(names, parts[1:])
+
+
+def check_characters(name: str, text: Text) -> None:
+    """Refuses what no tokenizer takes."""
+    for content in [text] if isinstance(text, str) else [turn["content"] for turn in text]:
+        if bad := _BAD_CHARACTER.search(content):
+            raise RefusedError("D12", f"{name} holds the character U+{ord(bad[0]):04X}, which is no text; remove it")
+
+
+def check_prompt(text: Text, completions: str = "the completions") -> None:
+    """Refuses a prompt that nobody can answer; `completions` is what the message calls its answers."""
+    prompt = turns_of(text, "user")
+    if not prompt or not prompt[-1]["content"].strip():
+        raise RefusedError("D07", "the prompt is empty; fill it in or delete the row")
+    if prompt[-1]["role"] == "assistant":
+        raise RefusedError(
+            "D09",
+            f"the prompt ends with an assistant turn, which {completions} would continue;"
+            f" move that turn into {completions} or delete the row",
+        )
 
 
 def check_filled(name: str, side: Text) -> None:

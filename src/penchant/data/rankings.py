@@ -9,9 +9,9 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from penchant.data.columns import number_of
+from penchant.data.columns import finished_from, number_of
 from penchant.data.messages import RefusedError, Row, is_list, kind_of, text_or_messages
-from penchant.examples import Text
+from penchant.examples import Finished, Text
 
 LISTS = ("ranked_completions", "completions", "responses", "answers", "generations")
 """Columns that may hold the completions."""
@@ -76,6 +76,15 @@ def order_of(row: Row) -> tuple[list[int], tuple[float, ...] | None]:
     )
 
 
+def finished_in_order(row: Row, order: Sequence[int]) -> Finished:
+    """Which completions ended by themselves, as the list `finished` says; `order` has their places in the row."""
+    if row.get("finished") is None:
+        return None
+    values = _list_beside(row, "finished", "D29", "true or false")
+    flags = finished_from(values, [f"entry {number} of finished" for number in range(1, len(values) + 1)])
+    return flags and tuple(flags[place] for place in order)
+
+
 def _list_of(row: Row) -> tuple[str, Sequence[Any]]:
     key = next((key for key in LISTS if is_list(row.get(key))), None)
     if key is None:
@@ -99,15 +108,21 @@ def _numbers_beside(row: Row, names: Sequence[str]) -> list[float] | None:
     name = next((name for name in names if row.get(name) is not None), None)
     if name is None:
         return None
+    values = _list_beside(row, name, "D21", "a number")
+    return [number_of(value, f"entry {number} of {name}") for number, value in enumerate(values, start=1)]
+
+
+def _list_beside(row: Row, name: str, code: str, of_what: str) -> Sequence[Any]:
+    """A column that must be a list with an entry for each completion."""
     key, entries = _list_of(row)
     values = row[name]
     if not is_list(values):
-        raise RefusedError("D04", f"{name} is {kind_of(values)}; it must be a list with a number for each of {key}")
+        raise RefusedError("D04", f"{name} is {kind_of(values)}; it must be a list with {of_what} for each of {key}")
     if len(values) != len(entries):
         raise RefusedError(
-            "D21", f"{name} and {key} differ in length, {len(values)} against {len(entries)}; make them agree"
+            code, f"{name} and {key} differ in length, {len(values)} against {len(entries)}; make them agree"
         )
-    return [number_of(value, f"entry {number} of {name}") for number, value in enumerate(values, start=1)]
+    return values
 
 
 def _numbers_inside(entries: Sequence[Any], names: Sequence[str]) -> list[float] | None:

@@ -124,11 +124,11 @@ def _parsed(text: str) -> Any:
 
 
 def _number(text: str) -> Any:
-    """A number, true or false, null for an empty field; the text where it is none of these."""
+    """A number, true or false, null for an empty field; what `_parsed` makes of it where it is none of these."""
     word = text.strip().lower()
     if word in ("", "true", "false"):
         return {"": None, "true": True, "false": False}[word]
     try:
         return float(word)
     except ValueError:
-        return text
+        return _parsed(text)

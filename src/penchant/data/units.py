@@ -9,7 +9,7 @@ from typing import Literal
 
 from penchant.data.formats import RowProblem
 from penchant.data.messages import RefusedError
-from penchant.examples import Example, Pair, Ranking, Text, Unpaired
+from penchant.examples import Example, Finished, Pair, Ranking, Text, Unpaired
 
 Unit = Literal["pair", "unpaired", "ranking"]
 """What a loss looks at: two completions, one, or an ordered list."""
@@ -68,10 +68,10 @@ def _from_pair(pair: Pair, unit: Unit) -> list[Example]:
     prompt, source, weight = pair.prompt, pair.source, pair.weight
     if unit == "unpaired":
         return [
-            Unpaired(prompt, pair.chosen, True, source, weight),
-            Unpaired(prompt, pair.rejected, False, source, weight),
+            Unpaired(prompt, pair.chosen, True, source, weight, _finished((pair, 0))),
+            Unpaired(prompt, pair.rejected, False, source, weight, _finished((pair, 1))),
         ]
-    return [Ranking(prompt, pair.completions, source, weight)] if unit == "ranking" else [pair]
+    return [Ranking(prompt, pair.completions, source, weight, None, pair.finished)] if unit == "ranking" else [pair]
 
 
 def _from_unpaired(single: Unpaired, unit: Unit, partner: Unpaired | None) -> list[Example]:
@@ -101,6 +101,7 @@ def _from_unpaired(single: Unpaired, unit: Unit, partner: Unpaired | None) -> li
             partner.completion,
             single.source if same_row else f"{single.source} + {partner.source}",
             (single.weight + partner.weight) / 2,
+            finished=_finished((single, 0), (partner, 0)),
         )
     ]
 
@@ -137,9 +138,16 @@ def _from_ranking(ranking: Ranking, unit: Unit, rankings: Rankings) -> list[Exam
             ranking.source,
             ranking.weight / len(couples),
             None if scores is None else scores[better] - scores[worse],
+            finished=_finished((ranking, better), (ranking, worse)),
         )
         for better, worse in couples
     ]
+
+
+def _finished(*completions: tuple[Example, int]) -> Finished:
+    """Of completions, each given by its example and its place there, which ended by themselves."""
+    flags = tuple(example.finished is None or example.finished[place] for example, place in completions)
+    return None if all(flags) else flags
 
 
 def _pair_up(examples: Sequence[Example]) -> dict[int, Unpaired]:
@@ -149,7 +157,7 @@ def _pair_up(examples: Sequence[Example]) -> dict[int, Unpaired]:
     for place, example in enumerate(examples):
         if isinstance(example, Unpaired) and example.is_desirable is not None:
             singles[place] = example
-            groups[_key_of(example.prompt)][example.is_desirable].append(place)
+            groups[key_of(example.prompt)][example.is_desirable].append(place)
     partners: dict[int, Unpaired] = {}
     for undesirable, desirable in groups.values():
         # The longer list may have completions left over.
@@ -158,5 +166,6 @@ def _pair_up(examples: Sequence[Example]) -> dict[int, Unpaired]:
     return partners
 
 
-def _key_of(prompt: Text) -> Hashable:
+def key_of(prompt: Text) -> Hashable:
+    """What is equal for equal prompts."""
     return prompt if isinstance(prompt, str) else tuple(tuple(sorted(turn.items())) for turn in prompt)

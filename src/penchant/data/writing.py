@@ -16,6 +16,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, BinaryIO
 
+from penchant.data.columns import FINISHED
 from penchant.data.formats import RowProblem, stream_rows
 from penchant.disk import new_file
 from penchant.errors import UserError, nearest
@@ -129,13 +130,16 @@ def _label(example: Unpaired, name: str) -> dict[str, bool]:
     return {} if example.is_desirable is None else {name: example.is_desirable}
 
 
-def _columns(example: Pair | Unpaired) -> dict[str, float]:
-    columns = {} if example.weight == 1 else {"weight": example.weight}
+def _columns(example: Pair | Unpaired) -> dict[str, float | bool]:
+    columns: dict[str, float | bool] = {} if example.weight == 1 else {"weight": example.weight}
     if isinstance(example, Pair):
         if example.margin is not None:
             columns["margin"] = example.margin
         if example.win_probabilities is not None:
             columns["chosen_win_probability"], columns["rejected_win_probability"] = example.win_probabilities
+    if example.finished is not None and not all(example.finished):
+        names = FINISHED if isinstance(example, Pair) else ["finished"]
+        columns |= dict(zip(names, example.finished, strict=True))
     return columns
 
 

@@ -45,7 +45,7 @@ def _previewed(example: Example, reader: Reader) -> PreviewedRow | RowProblem:
     if data.problems:
         return data.problems[0]
     tokens = data.examples[0]
-    _, whole = encode(reader.tokenizer, example.prompt, example.completions)
+    _, whole = encode(reader.tokenizer, example.prompt, example.completions, example.finished)
     completions = [
         Completion(name, ids, len(all_ids) - len(ids))
         for name, ids, all_ids in zip(names_of(example), tokens.completion_ids, whole, strict=True)

@@ -87,7 +87,7 @@ class DataScan:
         faults = [*self._faults_of_text(example, texts)]
         if tokens is not None and self._token_checks is not None:
             sequences = [tokens.completion_ids[0], tokens.completion_ids[-1]][: len(texts)]
-            faults += self._token_checks.faults(tokens)
+            faults += self._token_checks.faults(tokens, example.finished)
             if len(sequences) == 2:
                 self._num_cut = [
                     number + self._token_checks.is_cut(tokens, ids)

@@ -10,7 +10,7 @@ from typing import Any
 from penchant.data.chat import RenderError, encode, render
 from penchant.doctor.findings import Finding, finding
 from penchant.errors import UserError
-from penchant.examples import TokenizedExample
+from penchant.examples import Finished, TokenizedExample
 
 MARKERS = r"<\|\w{1,40}\|>|<｜[^<>｜]{1,40}｜>|</s>|<(?:bos|eos|start_of_turn|end_of_turn)>|\[/?INST\]|<</?SYS>>"
 """How the special tokens of the usual chat templates are written."""
@@ -29,12 +29,14 @@ class TokenChecks:
         self._special = special_ids(tokenizer)
         self._ends = set(_ends_of(tokenizer))
 
-    def faults(self, tokens: TokenizedExample) -> Iterator[str]:
-        """The names of the checks that the row fails."""
-        whole = [ids for ids in tokens.completion_ids if not self.is_cut(tokens, ids)]
+    def faults(self, tokens: TokenizedExample, finished: Finished = None) -> Iterator[str]:
+        """The names of the checks that the row fails; completions that are known as unfinished need no end."""
+        flags = finished or (True,) * len(tokens.completion_ids)
+        ended = [ids for ids, is_finished in zip(tokens.completion_ids, flags, strict=True) if is_finished]
+        whole = [ids for ids in ended if not self.is_cut(tokens, ids)]
         if any(ids[-1] not in self._ends for ids in whole):
             yield "no-end"
-        if len(whole) < len(tokens.completion_ids):
+        if len(whole) < len(ended):
             yield "truncated"
         if any(self._is_doubled([*tokens.prompt_ids, *ids]) for ids in tokens.completion_ids):
             yield "doubled-token"

@@ -2,19 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any, Literal
 
+import numpy as np
 import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from penchant import stopping
 from penchant.data.chat import encode
+from penchant.examples import Answer
 from penchant.layouts import padded
+from penchant.models.generation import Sampling, generate
 from penchant.models.load import load_model_and_tokenizer
-from penchant.models.logps import evaluation_mode, token_logps
+from penchant.models.logps import token_logps
 from penchant.types import Batch, Text, TokenizedExample, TokenLogps
 
 Precision = Literal["float32", "bf16"]
@@ -77,48 +79,65 @@ class Policy:
         batch = padded.collate(sequences).to(self.device)
         return batch.sum_by_sequence(self.token_logps(batch).logps)
 
-    @torch.no_grad()
+    def sample(
+        self,
+        prompts: Sequence[Text],
+        sampling: Sampling,
+        num_samples: int = 1,
+        seeds: Sequence[int] | None = None,
+        max_rows: int = 64,
+        advance: Callable[[int], None] = lambda _: None,
+    ) -> list[list[Answer]]:
+        """`num_samples` answers to each prompt, at most `max_rows` in the making at a time.
+
+        An answer depends on its prompt, the prompt's seed (0, 1, 2, ... where none are given) and its own number, not
+        on the other prompts. What the model's own generation settings say about sampling, repetition and ends is left
+        aside. `advance(n)` is called whenever n answers are done.
+
+        Raises:
+            ValueError: the numbers of prompts and seeds differ.
+        """
+        # The end of an answer to each prompt comes along: a template may end turns with another token than eos.
+        encoded = [encode(self.tokenizer, prompt, ["."]) for prompt in prompts]
+        prompt_ids = [ids for ids, _ in encoded]
+        end_ids = {self.tokenizer.eos_token_id, *(answer[-1] for _, (answer,) in encoded)}
+        with self._arithmetic():
+            samples = generate(
+                self.model,
+                prompt_ids,
+                sampling,
+                num_samples,
+                range(len(prompts)) if seeds is None else seeds,
+                end_ids,
+                max_rows,
+                advance,
+            )
+        return [
+            [Answer(self._text_behind(ids, sample.ids), sample.ids, sample.is_finished) for sample in group]
+            for ids, group in zip(prompt_ids, samples, strict=True)
+        ]
+
     def generate(
         self, prompts: Sequence[Text], max_new_tokens: int = 128, temperature: float = 0.0, seed: int = 0
     ) -> list[str]:
-        """One answer to each prompt, greedy at temperature 0; text only, end token removed.
+        """One answer to each prompt, greedy at temperature 0; text only, without the spaces around it.
 
         What the model's own generation settings say about sampling and repetition is left aside.
         """
-        padding_side = self.tokenizer.padding_side
-        self.tokenizer.padding_side = "left"  # so that every prompt ends where its answer begins
-        try:
-            # The end of an answer to each prompt comes along: a template may end turns with another token than eos.
-            encoded = [encode(self.tokenizer, prompt, ["."]) for prompt in prompts]
-            inputs = self.tokenizer.pad({"input_ids": [ids for ids, _ in encoded]}, return_tensors="pt")
-        finally:
-            self.tokenizer.padding_side = padding_side
-        inputs = inputs.to(self.device)
-        sampling: dict[str, Any] = {"do_sample": False}
-        if temperature > 0:
-            sampling = {"do_sample": True, "temperature": temperature, "top_k": 0, "top_p": 1.0}
-        devices = [self.device] if self.device.type == "cuda" else []
-        with evaluation_mode(self.model), self._arithmetic(), torch.random.fork_rng(devices):
-            torch.manual_seed(seed)
-            output = self.model.generate(  # type: ignore[operator]
-                **inputs,
-                **sampling,
-                repetition_penalty=1.0,
-                max_new_tokens=max_new_tokens,
-                stopping_criteria=[_can_be_stopped],
-                eos_token_id=sorted({self.tokenizer.eos_token_id, *(answer[-1] for _, (answer,) in encoded)}),
-                pad_token_id=self.tokenizer.pad_token_id,
-            )
-        answers = output[:, inputs["input_ids"].shape[1] :]
-        return [text.strip() for text in self.tokenizer.batch_decode(answers, skip_special_tokens=True)]
+        sampling = Sampling(temperature, max_new_tokens=max_new_tokens)
+        words = np.random.SeedSequence(seed).generate_state(len(prompts), np.uint64)
+        answers = self.sample(prompts, sampling, seeds=[int(word) >> 1 for word in words])
+        return [answer.text.strip() for (answer,) in answers]
+
+    def _text_behind(self, prompt_ids: Sequence[int], ids: Sequence[int]) -> str:
+        """The text that tokens stand for behind a prompt: at the start of a text, some would lose their space."""
+        before, whole = (
+            self.tokenizer.decode(each, skip_special_tokens=True, clean_up_tokenization_spaces=False)
+            for each in (list(prompt_ids), [*prompt_ids, *ids])
+        )
+        return whole[len(before) :]
 
     def _arithmetic(self) -> AbstractContextManager[Any]:
         if self.precision == "bf16":
             return torch.autocast(self.device.type, dtype=torch.bfloat16)
         return nullcontext()
-
-
-def _can_be_stopped(ids: Tensor, scores: Any, **more: Any) -> Tensor:
-    """Asked by transformers after every token: nothing ends here, but whoever asked for a stop need not wait."""
-    stopping.check()
-    return torch.zeros(len(ids), dtype=torch.bool, device=ids.device)

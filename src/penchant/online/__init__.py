@@ -1,0 +1,1 @@
+"""Preferences made on the way: prompts are answered by the policy, a judge compares the answers, pairs are formed."""
