@@ -11,6 +11,16 @@ Message = Mapping[str, str]
 Text = str | Sequence[Message]
 """What stands in a prompt or a completion: plain text, or whole messages (rendered by the chat template)."""
 
+
+def plain_text(text: Text) -> str:
+    """A prompt or completion as one text: a single message is its content, several stand behind their roles."""
+    if isinstance(text, str):
+        return text
+    if len(text) == 1:
+        return text[0]["content"]
+    return "\n\n".join(f"{message['role']}: {message['content']}" for message in text)
+
+
 Finished = tuple[bool, ...] | None
 """Which of an example's completions ended by themselves (None: all); the others were cut off, and teach no end."""
 

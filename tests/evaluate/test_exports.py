@@ -9,8 +9,8 @@ from typing import Any
 import pytest
 import yaml
 
-from penchant.evaluate.exports import readable, write_alpaca_eval, write_lm_eval_task
-from penchant.examples import Answer, Pair
+from penchant.evaluate.exports import write_alpaca_eval, write_lm_eval_task
+from penchant.examples import Answer, Pair, plain_text
 
 MESSAGES = [{"role": "user", "content": "the capital of France"}]
 PAIRS = [
@@ -62,4 +62,4 @@ def test_messages_stand_in_a_task_as_the_model_reads_them(tmp_path: Path, tokeni
     ],
 )
 def test_texts_are_readable(text: Any, expected: str) -> None:
-    assert readable(text) == expected
+    assert plain_text(text) == expected

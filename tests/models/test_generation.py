@@ -369,6 +369,14 @@ def test_a_layer_that_does_not_tell_its_window_is_not_served(prompts: list[list[
     assert not generation._CHECKED[model]  # though on so few tokens the window changes nothing
 
 
+def test_a_long_prompt_does_not_change_the_positions_of_the_others(prompts: list[list[int]]) -> None:
+    rope = {"rope_type": "dynamic", "rope_theta": 10000.0, "factor": 4.0}
+    model = make("llama", rope_parameters=rope, max_position_embeddings=16)
+    with_long = sampled(model, [*prompts[:3], prompts[5]], seeds=[1, 2, 3, 4])
+    assert with_long[:3] == sampled(model, prompts[:3], seeds=[1, 2, 3])
+    assert not generation._CHECKED[model]
+
+
 def test_autocast_rounds_the_logits_and_keeps_the_law(prompts: list[list[int]]) -> None:
     model = make_tiny_model(vocab_size=VOCAB).eval()
     ids = sorted(prompts, key=len)

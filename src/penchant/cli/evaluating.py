@@ -200,12 +200,11 @@ def _read(plan: Plan) -> Data:
 
 def _chosen(example: Any) -> Answer | None:
     """The answer that people preferred, where there is one and it is one message."""
-    from penchant.evaluate.exports import readable
-    from penchant.examples import Answer
+    from penchant.examples import Answer, plain_text
 
     best: Text = example.completions[0]
     is_liked = getattr(example, "is_desirable", True)
-    return Answer(readable(best)) if is_liked and (isinstance(best, str) or len(best) == 1) else None
+    return Answer(plain_text(best)) if is_liked and (isinstance(best, str) or len(best) == 1) else None
 
 
 def _refuse_nothing_to_do(plan: Plan, data: Data) -> None:

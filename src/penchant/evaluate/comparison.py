@@ -7,9 +7,8 @@ from dataclasses import dataclass
 from typing import Any
 
 from penchant.evaluate.answers import describe
-from penchant.evaluate.exports import readable
 from penchant.evaluate.wins import mean_with_interval, outcome, win_rate
-from penchant.examples import Answer, Prompt
+from penchant.examples import Answer, Prompt, plain_text
 from penchant.online.judges import Judge, Question, Verdict
 
 Advance = Callable[[int], None]
@@ -64,7 +63,7 @@ class Comparison:
         """A line for each prompt: what was asked, what was answered, and what the judge said."""
         records = []
         for place, (prompt, one, verdict) in enumerate(zip(self.prompts, self.answers, self.verdicts, strict=True)):
-            record: dict[str, Any] = {"setting": setting, "prompt": readable(prompt.text), "answer": one.text}
+            record: dict[str, Any] = {"setting": setting, "prompt": plain_text(prompt.text), "answer": one.text}
             record |= {"finished": one.is_finished, "scores": verdict.scores}
             if self.others is not None:
                 record |= {"baseline": self.others[place].text, "outcome": self.outcomes[place]}

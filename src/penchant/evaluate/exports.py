@@ -10,7 +10,7 @@ import yaml
 
 from penchant.data.chat import render
 from penchant.disk import make_folder, write_json, write_json_lines, write_text
-from penchant.examples import Answer, Pair, Text
+from penchant.examples import Answer, Pair, Text, plain_text
 
 
 def write_alpaca_eval(
@@ -21,7 +21,7 @@ def write_alpaca_eval(
     It is a list of `{instruction, output, generator, dataset}`. An instruction is a prompt as `readable` tells it.
     """
     records = [
-        {"instruction": readable(prompt), "output": answer.text, "generator": generator, "dataset": dataset}
+        {"instruction": plain_text(prompt), "output": answer.text, "generator": generator, "dataset": dataset}
         for prompt, answer in zip(prompts, answers, strict=True)
     ]
     write_json(path, records)
@@ -56,15 +56,6 @@ def write_lm_eval_task(folder: Path, name: str, pairs: Sequence[Pair], tokenizer
         "metadata": {"version": 1.0},
     }
     write_text(folder / f"{name}.yaml", yaml.safe_dump(task, sort_keys=False, allow_unicode=True))
-
-
-def readable(text: Text) -> str:
-    """A prompt or completion as one text: a single message is its content, several are named by their roles."""
-    if isinstance(text, str):
-        return text
-    if len(text) == 1:
-        return text[0]["content"]
-    return "\n\n".join(f"{message['role']}: {message['content']}" for message in text)
 
 
 def _as_choices(pair: Pair, tokenizer: Any) -> dict[str, Any]:

@@ -9,8 +9,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from penchant.evaluate.exports import readable
-from penchant.examples import Pair
+from penchant.examples import Pair, plain_text
 from penchant.online.logps import sequence_logps
 from penchant.report.figures import wilson_interval
 from penchant.scoring.policy import Policy
@@ -51,7 +50,7 @@ def pair_accuracy(
     rewards = np.subtract(
         sequence_logps(policy, prompts, completions, advance), sequence_logps(reference, prompts, completions, advance)
     ).reshape(-1, 2)
-    lengths = np.array([[len(readable(completion)) for completion in pair.completions] for pair in pairs])
+    lengths = np.array([[len(plain_text(completion)) for completion in pair.completions] for pair in pairs])
     accuracy = _share_ahead(rewards)
     low, high = wilson_interval(accuracy, len(pairs))
     margin = float((rewards[:, 0] - rewards[:, 1]).mean())

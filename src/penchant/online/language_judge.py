@@ -18,7 +18,7 @@ from typing import Any, Literal
 
 from penchant.config import JudgeConfig
 from penchant.errors import UserError
-from penchant.examples import Text
+from penchant.examples import Text, plain_text
 from penchant.online.client import Ask, ChatClient, Failure
 from penchant.online.judges import Judge, Question, Verdict
 from penchant.online.protocol import ChatRequest, Reply
@@ -222,7 +222,7 @@ class LanguageJudge(Judge):
         # The mark depends on the whole content, so that no completion can know it and close its own block.
         mark = couple.digest[:16]
         blocks = {
-            "prompt": _block("request", _as_text(couple.prompt), mark),
+            "prompt": _block("request", plain_text(couple.prompt), mark),
             "first": _block("answer A", couple.first, mark),
             "second": _block("answer B", couple.second, mark),
         }
@@ -300,15 +300,6 @@ def _is_swapped(couple: Couple) -> bool:
 
 def _block(name: str, text: str, mark: str) -> str:
     return f"----- {name} {mark} -----\n{text}\n----- end of {name} {mark} -----"
-
-
-def _as_text(prompt: Text) -> str:
-    """A prompt as a judge reads it; the turns of a conversation behind the names of the speakers."""
-    if isinstance(prompt, str):
-        return prompt
-    if len(prompt) == 1:
-        return prompt[0]["content"]
-    return "\n\n".join(f"{turn['role']}: {turn['content']}" for turn in prompt)
 
 
 def _sections(question: str) -> list[tuple[str, str]]:

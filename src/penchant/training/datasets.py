@@ -21,7 +21,7 @@ from penchant.errors import UserError
 from penchant.losses import Loss
 from penchant.training.checks import DROP_REASONS, examine
 from penchant.training.logger import RunLog
-from penchant.types import Example, Pair, Ranking, Text, TokenizedExample, Unpaired
+from penchant.types import Example, Pair, Ranking, TokenizedExample, Unpaired
 
 _REASONS = CHECKS | TOKEN_CHECKS | UNIT_CHECKS | FILTER_CHECKS | DROP_REASONS
 """Code -> why a row was left out, in a few words."""
@@ -171,15 +171,6 @@ def _sha256(values: Iterable[Any]) -> str:
     for value in values:
         digest.update(repr(value).encode())
     return digest.hexdigest()
-
-
-def plain_text(text: Text) -> str:
-    """A prompt or completion as one readable text."""
-    if isinstance(text, str):
-        return text
-    if len(text) == 1:
-        return text[0]["content"]
-    return "\n\n".join(f"{message['role']}: {message['content']}" for message in text)
 
 
 def _lacks_label(example: Example) -> bool:

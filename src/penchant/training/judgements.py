@@ -8,8 +8,8 @@ from typing import Any
 
 from penchant.disk import write_json_lines
 from penchant.evaluate.heldout import Evaluation, evaluate
+from penchant.examples import plain_text
 from penchant.scoring.reference import Reference
-from penchant.training.datasets import plain_text
 from penchant.training.setup import Setup
 from penchant.types import Example, TokenizedExample
 

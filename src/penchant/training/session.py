@@ -14,6 +14,7 @@ from typing import Any
 from penchant.config import load_config
 from penchant.disk import remove_leftovers, write_json, write_json_lines
 from penchant.errors import UserError
+from penchant.examples import plain_text
 from penchant.losses import Loss, WeightedSum
 from penchant.models.load import save_model
 from penchant.report import write_model_card, write_report
@@ -22,7 +23,6 @@ from penchant.stopping import StopRequested
 from penchant.training import hardware
 from penchant.training.answers import summary_of
 from penchant.training.checkpoint import Checkpoint
-from penchant.training.datasets import plain_text
 from penchant.training.describe import layout_sentence, num_parameters
 from penchant.training.identity import check_identity
 from penchant.training.judgements import write_judgements
