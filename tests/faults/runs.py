@@ -18,12 +18,15 @@ from .nursery import Command, Fault
 STEPS = 24
 
 _BY_STEPS = "--save_steps 3 --logging_steps 2"
+_JUDGED = "--judge.name rule --judge.function RULE:score --sampling.max_new_tokens 6 --sampling.batch_size 20"
 KINDS = {
     "dpo": f"--method dpo --microbatch_tokens 60 {_BY_STEPS}",
     "kto": f"--method kto --microbatch_tokens 60 {_BY_STEPS}",
     "dpo, lora": f"--method dpo --lora.rank 4 --microbatch_tokens 60 {_BY_STEPS}",
     "ipo, best kept": f"--method ipo --save_best true --keep_checkpoints 1 --optimizer rmsprop {_BY_STEPS}",
     "dpo, saved by the clock": "--method dpo --microbatch_tokens 60 --save_minutes 0.001 --logging_steps 3",
+    "online-dpo": f"--method online-dpo --online.rounds 24 --num_train_epochs 1 {_JUDGED} {_BY_STEPS}",
+    "sppo": f"--method sppo --online.rounds 3 --num_train_epochs 2 {_JUDGED} {_BY_STEPS}",
 }
 """Kind -> its options. Metrics are averaged over steps that a checkpoint may part."""
 
@@ -32,6 +35,7 @@ _COMMON = (
     "--num_samples 2 --sample_max_new_tokens 4"
 )
 
+_TEXTS = ("pairs.jsonl", "samples.jsonl", "answers.jsonl")
 _CLOCKS = {"time_s", "tokens_per_s"}
 
 
@@ -45,6 +49,8 @@ class Workshop:
         self._pairs = write_rows(folder / "pairs.jsonl", rows(24))
         self._singles = write_rows(folder / "singles.jsonl", single_rows(24))
         self._heldout = write_rows(folder / "heldout.jsonl", rows(4, seed=1))
+        self._rule = folder / "rule.py"
+        self._rule.write_text("def score(prompt, completions):\n    return [len(text) for text in completions]\n")
         self._commands: list[Command] = []
         self._whole: dict[str, Path] = {}
         self.whole_s: dict[str, float] = {}
@@ -60,7 +66,7 @@ class Workshop:
         return [
             *("train", "--model", str(self._model), "--data", data, "--eval_data", self._heldout),
             *_COMMON.split(),
-            *KINDS[kind].split(),
+            *KINDS[kind].replace("RULE", str(self._rule)).split(),
             *("--output_dir", str(run_dir)),
             *more,
         ]
@@ -124,7 +130,8 @@ def _outcome(run_dir: Path) -> dict[str, Any]:
         "metrics": [_exact(json.loads(line)) for line in (run_dir / "metrics.jsonl").read_text().splitlines()],
         "summary": {key: summary[key] for key in ("status", "steps", "examples_seen", "total_steps", "reference")},
         "weights": _weights(run_dir / "model"),
-        "texts": {name: (run_dir / name).read_text() for name in ("pairs.jsonl", "samples.jsonl")},
+        "texts": {name: (run_dir / name).read_text() for name in _TEXTS if (run_dir / name).exists()},
+        "rounds": {path.name: sha256_of(path) for path in (run_dir / "rounds").glob("*")},
         "files": sorted(path.name for path in run_dir.iterdir()),
         "checkpoints": len(list((run_dir / "checkpoints").iterdir())),
     }

@@ -54,6 +54,19 @@ _ELSEWHERE = {
 }
 """Moments between the beginning of a run and its end."""
 
+_IN_A_ROUND = {
+    "before anything is sampled": ("sppo", Fault("penchant.scoring.policy:Policy.sample", 2)),
+    "before the verdict": ("online-dpo", Fault("penchant.online.judges:RuleJudge.judge", 6)),
+    "after the verdict": ("sppo", Fault("penchant.online.judges:RuleJudge.judge", 5, returned=True)),
+    "before a chunk is kept": ("online-dpo", Fault("penchant.training.rounds:_append", 8)),
+    "when a chunk is kept": ("sppo", Fault("penchant.training.rounds:_append", 7, returned=True)),
+    "before the reference's answer is kept": ("sppo", Fault("penchant.training.rounds:save_file", 2)),
+    "when the reference's answer is kept": ("sppo", Fault("penchant.training.rounds:save_file", 2, returned=True)),
+    "in a round's steps": ("sppo", Fault("penchant.training.step:accumulate_gradient", 12)),
+    "in a held-out evaluation": ("online-dpo", Fault("penchant.training.answers:write_json_lines", 2)),
+}
+"""Moments of runs that sample their own completions: the kind, and the fault."""
+
 _FINISHED = {
     "before the checkpoints go": Fault("penchant.training.session:forget_insurance"),
     "before the model card": Fault("penchant.training.session:write_model_card"),
@@ -114,6 +127,14 @@ def test_a_run_killed_at_a_weak_moment_ends_as_if_nothing_had_happened(
     moment: str, workshop: Workshop, matrix: Matrix
 ) -> None:
     survive(workshop, matrix, "kill -9 between two stages of a run", "dpo", moment, _ELSEWHERE[moment])
+
+
+@pytest.mark.parametrize("moment", some(_IN_A_ROUND, "before a chunk is kept", "when the reference's answer is kept"))
+def test_a_run_killed_in_a_round_samples_nothing_twice_and_ends_the_same(
+    moment: str, workshop: Workshop, matrix: Matrix
+) -> None:
+    kind, fault = _IN_A_ROUND[moment]
+    survive(workshop, matrix, "kill -9 while it samples, judges or trains on what it sampled", kind, moment, fault)
 
 
 @pytest.mark.parametrize("moment", some(_FINISHED, "before the report"))

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from transformers.generation.logits_process import TemperatureLogitsWarper, TopKLogitsWarper, TopPLogitsWarper
 
 from penchant import stopping
+from penchant.errors import UserError
 from penchant.models import generation, prompt_cache
 from penchant.models.adapters import adapter_off, add_lora
 from penchant.models.attention import IMPLEMENTATION, attending_in_rows, use_shared_rows
@@ -395,7 +396,7 @@ def test_autocast_rounds_the_logits_and_keeps_the_law(prompts: list[list[int]]) 
 @pytest.mark.parametrize("value", [math.nan, math.inf])
 def test_logits_that_are_no_numbers_are_refused(temperature: float, value: float, llama: Any) -> None:
     llama.lm_head.register_forward_hook(lambda _, __, logits: logits.index_fill(-1, torch.tensor([5]), value))
-    with pytest.raises(ValueError, match="not finite"):
+    with pytest.raises(UserError, match="not finite"):
         sampled(llama, [[3, 4, 5]], temperature=temperature)
 
 

@@ -170,3 +170,27 @@ def test_without_couples_there_is_no_accuracy_and_the_completions_have_no_side()
 
 def test_a_loss_that_stays_does_not_rise() -> None:
     assert "The held-out loss stayed at 6.79." in text(run_with({"loss": (6.7901, 6.7915)}))
+
+
+def with_answers(**answers: Any) -> RunRecord:
+    return run_with({"answer_kl": (0.0, 2.5)}, data={}, summary={"answers": {"prompts": 86, **answers}})
+
+
+def estimate(value: float, low: float, high: float) -> dict[str, float]:
+    return {"value": value, "low": low, "high": high}
+
+
+def test_the_score_of_answers_stands_with_its_change_and_the_distance_that_it_took() -> None:
+    scores = {"score_before": estimate(1.5, 1.2, 1.8), "score": estimate(2.0, 1.75, 2.25)}
+    said = text(with_answers(**scores, difference=estimate(0.5, 0.25, 0.75)))
+    assert "On 86 held-out prompts the mean score of the policy's answers went from 1.5 to 2" in said
+    assert "a change of 0.5 (95% interval 0.25 to 0.75)." in said
+    assert "2.5 nats a completion away from its reference" in said
+    assert "no clear difference" in text(with_answers(**scores, difference=estimate(0.1, -0.2, 0.4)))
+    assert "accuracy" not in said
+
+
+def test_wins_against_the_answers_before_are_told_where_the_judge_compares() -> None:
+    said = text(with_answers(win_rate=estimate(0.75, 0.6, 0.875)))
+    assert "wins 75.0% (95% interval 60.0% to 87.5%), ties counting half" in said
+    assert "mean score" not in said

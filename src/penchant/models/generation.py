@@ -21,6 +21,7 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 from penchant import stopping
+from penchant.errors import UserError
 from penchant.models.attention import attending_in_rows
 from penchant.models.logps import evaluation_mode
 
@@ -66,7 +67,8 @@ def generate(
     a stream that depends on (s, k) alone. `advance(n)` is called whenever n samples are done.
 
     Raises:
-        ValueError: the numbers of prompts and seeds differ, or the logits are not finite.
+        ValueError: the numbers of prompts and seeds differ.
+        UserError: the logits are not finite.
     """
     if not prompts:
         return []
@@ -93,10 +95,12 @@ def choose(logits: Float[Tensor, "R V"], sampling: Sampling, uniforms: Float[Ten
     Temperature, then top-k, then top-p, as in transformers; tokens as likely as the last one kept are kept too.
 
     Raises:
-        ValueError: there are logits that are not finite.
+        UserError: there are logits that are not finite.
     """
     if not logits.amax(-1).isfinite().all():  # a nan is the largest of its row
-        raise ValueError("the model's logits are not finite numbers")
+        raise UserError(
+            "model: its logits are not finite numbers, so nothing can be sampled; its weights hold nan, or overflow"
+        )
     if sampling.temperature == 0:
         return logits.argmax(-1)
     logits = logits.to(torch.promote_types(logits.dtype, torch.float32)) / sampling.temperature

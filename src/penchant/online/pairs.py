@@ -124,7 +124,6 @@ def _chance(verdict: Verdict, i: int, j: int) -> float | None:
 def kl_of_best_of(n: int) -> float:
     """KL(best of n || policy) at most, in nats: log n - (n - 1) / n, reached where no two of n draws ever tie.
 
-    The formula of Stiennon et al. 2020 (arXiv:2009.01325, Appendix G.3), a bound by Theorem 3.1 of Beirami et al. 2024
-    (arXiv:2401.01879).
+    A bound by Theorem 3.1 of Beirami et al. 2024 (arXiv:2401.01879), who trace the formula back in the literature.
     """
     return math.log(n) - (n - 1) / n

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -11,11 +10,11 @@ import numpy as np
 import torch
 
 from penchant.disk import make_folder, read_json_lines, write_json_lines
+from penchant.evaluate.answers import answer, describe
 from penchant.evaluate.heldout import Evaluation
 from penchant.evaluate.wins import mean_with_interval, outcome
 from penchant.examples import Answer, Text
 from penchant.online.judges import Question
-from penchant.online.seeds import prompt_seed
 from penchant.scoring.reference import AdapterOff, Precomputed, Reference
 from penchant.training.online import OnlineSetup, sequences
 
@@ -39,20 +38,22 @@ class HeldoutAnswers:
         """Judges the policy as it stands; keeps the answers of step 0, and the latest.
 
         Metrics: `score`, the mean of the judge's; `win_rate` against the answers before training, ties counting half;
-        `answer_length` in tokens; `finished`, the share that ended by themselves; `answer_kl`, the mean of
-        log pi - log pi_ref over the answers, in nats a completion, which estimates KL(pi || pi_ref).
+        `answer_length` in tokens; `finished`, `distinct_2` and `repeated_4` as `evaluate.answers.describe` tells them;
+        and where the policy is sampled as it is, `answer_kl`, the mean of log pi - log pi_ref over the answers, in nats
+        a completion, which estimates KL(pi || pi_ref).
         """
-        setup, seed = self.setup, self.setup.config.seed
-        seeds = [prompt_seed(seed, text) for text in self.texts]
+        setup = self.setup
         size = setup.sampling_plan.batch_size
-        answers = [a for (a,) in setup.policy.sample(self.texts, setup.sampling, 1, seeds, size, advance)]
+        sampled = answer(setup.policy, self.texts, setup.sampling, setup.config.seed, size, advance)
+        answers = [own[0] for own in sampled]
         first = [row["before"] for row in read_json_lines(self.path)] if step > 0 else []
         scores, wins = self._judge(answers, first)
+        told = describe(answers)
         metrics = {
             "score": _mean(scores),
             "win_rate": _mean(wins),
-            "answer_length": float(np.mean([len(answer.token_ids) for answer in answers])),
-            "finished": float(np.mean([answer.is_finished for answer in answers])),
+            "answer_length": told["num_tokens"],
+            **{name: told[name] for name in ("finished", "distinct_2", "repeated_4")},
             "answer_kl": self._kl(answers),
         }
         self._keep(answers, scores, wins, step)
@@ -72,9 +73,10 @@ class HeldoutAnswers:
 
     @torch.no_grad()
     def _kl(self, answers: Sequence[Answer]) -> float | None:
-        if self.anchor is None:
-            return None
         setup = self.setup
+        is_plain = (setup.sampling.temperature, setup.sampling.top_p, setup.sampling.top_k) == (1.0, 1.0, 0)
+        if self.anchor is None or not is_plain:
+            return None
         scored = sequences(setup.datasets.heldout.examples, [answer.token_ids for answer in answers])
         ratios = []
         for batch in setup.layout.batches(scored, 2 * setup.max_tokens):
@@ -119,10 +121,10 @@ def summary_of(setup: OnlineSetup, run_dir: Path) -> dict[str, Any]:
     if known:
         before, after = np.array(known).T
         for name, values in (("score_before", before), ("score", after), ("difference", after - before)):
-            found[name] = asdict(mean_with_interval(values))
+            found[name] = mean_with_interval(values).as_dict()
     wins = [row["wins"] for row in rows if row["wins"] is not None]
     if wins:
-        found["win_rate"] = asdict(mean_with_interval(wins))
+        found["win_rate"] = mean_with_interval(wins).as_dict()
     return {"answers": found, "judge": {"description": setup.judge.description, **setup.judge.report()}}
 
 

@@ -63,7 +63,7 @@ def train(
     data: Rows,
     eval_data: Rows | None = None,
     loss: Loss | str | Mapping[str, Any] | None = None,
-    judge: Judge | Callable[[Any, list[str]], Sequence[float]] | None = None,
+    judge: Judge | Callable[[Any, list[str]], Sequence[float]] | Mapping[str, Any] | None = None,
     overwrite: bool = False,
     quiet: bool = False,
     allow_change: Sequence[str] = (),
@@ -76,7 +76,7 @@ def train(
         data: a file of rows, or an iterable of them, such as `{"prompt": ..., "chosen": ..., "rejected": ...}`.
         eval_data: held-out rows, likewise.
         loss: a loss, its name, or its settings; default: that of `method`.
-        judge: who judges sampled completions; a function `(prompt, completions) -> scores` or any `Judge`.
+        judge: who judges sampled completions: a function `(prompt, completions) -> scores`, a `Judge`, or settings.
         overwrite: replace a run that is already in `output_dir`.
         quiet: say nothing while working.
         allow_change: keys that may differ where a run that stopped early is gone on with.
@@ -93,11 +93,14 @@ def train(
     elif loss is not None:
         settings["loss"] = {"name": loss} if isinstance(loss, str) else dict(loss)
     policy = model if isinstance(model, Policy) else None
-    if judge is not None:
+    in_hand: Judge | None = None
+    if isinstance(judge, Mapping):
+        settings["judge"] = judge
+    elif judge is not None:
         settings["judge"] = {"name": "rule", "function": "function in memory"}
-        judge = judge if isinstance(judge, Judge) else RuleJudge(judge)
+        in_hand = judge if isinstance(judge, Judge) else RuleJudge(judge)
     return execute(
-        config_from(settings), data, eval_data, policy, judge, overwrite, RunLog(quiet=quiet), None, allow_change
+        config_from(settings), data, eval_data, policy, in_hand, overwrite, RunLog(quiet=quiet), None, allow_change
     )
 
 
