@@ -22,7 +22,6 @@ EXAMPLES = ROOT / "examples"
 BATCH = 8
 COMMON: dict[str, Any] = {
     "batch_size": BATCH,
-    "eval_steps": 10_000,  # before and after
     "learning_rate": 2e-4,
     "lr_scheduler": "constant",
     "warmup_ratio": 0.0,

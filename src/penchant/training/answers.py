@@ -63,8 +63,7 @@ class HeldoutAnswers:
         """Scores of the answers, and how they do against the first ones: 1 a win, 0.5 a tie, 0 a loss."""
         others: list[tuple[str, ...]] = [(text,) for text in first] or [()] * len(answers)
         questions = [
-            Question(text, (answer.text, *other))
-            for text, answer, other in zip(self.texts, answers, others, strict=True)
+            Question(text, (one.text, *other)) for text, one, other in zip(self.texts, answers, others, strict=True)
         ]
         verdicts = self.setup.judge.judge(questions)
         compares = self.setup.config.judge.name == "server"
@@ -77,7 +76,7 @@ class HeldoutAnswers:
         is_plain = (setup.sampling.temperature, setup.sampling.top_p, setup.sampling.top_k) == (1.0, 1.0, 0)
         if self.anchor is None or not is_plain:
             return None
-        scored = sequences(setup.datasets.heldout.examples, [answer.token_ids for answer in answers])
+        scored = sequences(setup.datasets.heldout.examples, [one.token_ids for one in answers])
         ratios = []
         for batch in setup.layout.batches(scored, 2 * setup.max_tokens):
             batch = batch.to(setup.policy.device)
@@ -94,15 +93,15 @@ class HeldoutAnswers:
     ) -> None:
         known = read_json_lines(self.path) if step > 0 else []
         rows = []
-        for place, (text, answer) in enumerate(zip(self.texts, answers, strict=True)):
-            before = known[place]["before"] if known else answer.text
+        for place, (text, one) in enumerate(zip(self.texts, answers, strict=True)):
+            before = known[place]["before"] if known else one.text
             score_before = known[place]["score_before"] if known else scores[place]
             rows.append(
                 {
                     "prompt": _plain(text),
                     "before": before,
                     "score_before": score_before,
-                    "answer": answer.text,
+                    "answer": one.text,
                     "score": scores[place],
                     "wins": wins[place],
                     "step": step,

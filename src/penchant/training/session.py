@@ -103,6 +103,8 @@ class Session:
         self._keep_speed()
         if isinstance(setup, OnlineSetup):
             self.keep(**summary_of(setup, run_dir))
+            for doubt in setup.judge.report().get("warnings", ()):
+                log.event("warn", "judge", doubt, setup.steps)
         else:
             in_smaller_pieces(
                 setup, log, setup.steps, lambda: write_judgements(setup, reference, training.last_evaluation, run_dir)
