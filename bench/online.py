@@ -78,7 +78,9 @@ def main() -> None:
             settings["sampling"] = {**settings.get("sampling", {}), "max_new_tokens": options.tokens}
             folder = _folder(options.folder, name, seed)
             if not _is_finished(folder):
-                train(options.model, prompts, heldout, output_dir=str(folder), **settings)
+                done = train(options.model, prompts, heldout, output_dir=str(folder), **settings)
+                if done.summary["status"] == "interrupted":
+                    raise SystemExit(f"stopped; the same command goes on from {folder}")
     found = {
         name: [_result(folder) for seed in options.seeds if _is_finished(folder := _folder(options.folder, name, seed))]
         for name in options.runs
