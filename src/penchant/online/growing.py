@@ -36,6 +36,16 @@ class GrowingFile:
     chunk: int
     num_done: int = 0
 
+    @classmethod
+    def at(cls, path: Path, num_records: int, chunk: int) -> GrowingFile:
+        """The file as it stands, or a new one; a chunk that is torn at its end is cut off."""
+        if not path.exists():
+            path.touch()
+            sync(path.absolute().parent)
+        file = cls(path, num_records, chunk)
+        file.num_done = _keep_whole_chunks(file)
+        return file
+
     def chunks(self, items: Sequence[Item]) -> Iterator[Sequence[Item]]:
         """What is still to be done: the items behind `num_done`, a chunk at a time."""
         for start in range(self.num_done, self.num_records, self.chunk):
@@ -79,13 +89,9 @@ def _opened(path: Path, settings: Settings, num_records: int, chunk: int) -> Gro
     if path.exists():
         begun = _begun(path)
         _refuse_changes(path, begun["settings"], settings)
-        file = GrowingFile(path, num_records, begun["chunk"])
-        file.num_done = _keep_whole_chunks(file)
-        return file
+        return GrowingFile.at(path, num_records, begun["chunk"])
     write_json(settings_path(path), {"settings": settings, "num_records": num_records, "chunk": chunk})
-    path.touch()
-    sync(path.absolute().parent)
-    return GrowingFile(path, num_records, chunk)
+    return GrowingFile.at(path, num_records, chunk)
 
 
 def settings_path(path: Path) -> Path:

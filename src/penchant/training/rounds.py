@@ -6,9 +6,7 @@ reads it again, so nothing is sampled or judged twice.
 
 from __future__ import annotations
 
-import json
 import math
-import os
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,9 +16,10 @@ import numpy as np
 from safetensors.torch import load_file, save_file
 
 from penchant.data.loader import Draw, epoch_order
-from penchant.disk import make_folder, new_file, read_json_lines, sync
+from penchant.disk import make_folder, new_file, read_json_lines
 from penchant.errors import UserError
 from penchant.examples import Answer, TokenizedExample
+from penchant.online.growing import GrowingFile
 from penchant.online.judges import Question, Verdict
 from penchant.online.pairs import choose
 from penchant.online.seeds import prompt_seed
@@ -80,22 +79,22 @@ class Rounds:
         setup, path = self.setup, self.folder / f"{number + 1:04d}.jsonl"
         prompts = setup.round_prompts(number)
         size = max(1, setup.sampling_plan.batch_size // setup.num_completions)
+        make_folder(self.folder)
+        file = GrowingFile.at(path, len(prompts), size)
+        if file.num_done < len(prompts) and not may_sample:
+            raise UserError(
+                f"output_dir: '{path}' is not whole, and this round's training has begun; begin anew with "
+                "`penchant train ... --overwrite`."
+            )
         kept = [_from_row(row, prompt) for row, prompt in zip(read_json_lines(path), prompts, strict=False)]
-        if len(kept) < len(prompts):
-            if not may_sample:
-                raise UserError(
-                    f"output_dir: '{path}' is not whole, and this round's training has begun; begin anew with "
-                    "`penchant train ... --overwrite`."
-                )
-            kept = kept[: len(kept) // size * size]
-            _cut(path, len(kept))
         with self.log.progress(f"round {number + 1}", len(prompts)) as meter:
             meter.advance(len(kept))
-            for start in range(len(kept), len(prompts), size):
-                chunk = self._sample(number, prompts[start : start + size])
-                _append(path, [self._row(judged) for judged in chunk])
-                kept += chunk
-                meter.advance(len(chunk), f"score {_mean_score(kept):.3f}" if _mean_score(kept) is not None else "")
+            for chunk in file.chunks(prompts):
+                judged = self._sample(number, chunk)
+                file.append([self._row(one) for one in judged])
+                kept += judged
+                score = _mean_score(kept)
+                meter.advance(len(judged), "" if score is None else f"score {score:.3f}")
         return kept
 
     def _sample(self, number: int, prompts: Sequence[TokenizedExample]) -> list[Judged]:
@@ -264,27 +263,6 @@ def _from_row(row: dict[str, Any], prompt: TokenizedExample) -> Judged:
         tuple(row["scores"]), None if wins is None else tuple(map(tuple, wins)), tuple(row.get("notes", ()))
     )
     return Judged(prompt, answers, verdict)
-
-
-def _append(path: Path, rows: Sequence[dict[str, Any]]) -> None:
-    """Adds lines in one write and forces them to the disk."""
-    make_folder(path.parent)
-    is_new = not path.exists()
-    lines = "".join(json.dumps(row, ensure_ascii=False, allow_nan=False) + "\n" for row in rows)
-    with path.open("ab") as file:
-        file.write(lines.encode(errors="backslashreplace"))
-        file.flush()
-        os.fsync(file.fileno())
-    if is_new:
-        sync(path.parent)
-
-
-def _cut(path: Path, num_lines: int) -> None:
-    """Leaves the first lines of a file that may end in half a chunk."""
-    if path.exists():
-        lines = path.read_bytes().splitlines(keepends=True)
-        with path.open("r+b") as file:
-            file.truncate(sum(map(len, lines[:num_lines])))
 
 
 def _mean_score(judged: Sequence[Judged]) -> float | None:
