@@ -81,6 +81,7 @@ def _render(run: RunRecord) -> str:
         curves=_curves(run),
         judgements=judgements(run),
         samples=run.samples[:MAX_ITEMS],
+        scored=_scored,
         parts=[part for split, title in _SPLITS.items() if (part := _data_part(run.part(split), title))],
         events=_events(run.events),
         origin=_origin(run.summary),
@@ -133,6 +134,12 @@ def _key_figures(run: RunRecord) -> list[tuple[str, str, str]]:
     return found
 
 
+def _scored(score: Any) -> str:
+    """What stands behind the heading of an answer that a judge gave a score."""
+    value = finite(score)
+    return "" if value is None else f" (score {number(value)})"
+
+
 def _trainable(summary: Mapping[str, Any]) -> str:
     trained, total = finite(summary.get("num_trainable")), finite(summary.get("num_parameters"))
     if trained is None:
@@ -141,9 +148,14 @@ def _trainable(summary: Mapping[str, Any]) -> str:
 
 
 def _setup(summary: Mapping[str, Any]) -> list[tuple[str, str]]:
-    names = ("Model", "model"), ("Method", "method"), ("Loss", "loss"), ("Equation", "loss_doc")
+    names = ("Model", "model"), ("Method", "method"), ("Loss", "loss"), ("Equation", "loss_doc"), ("Judge", "judge")
     more = ("Reference", "reference"), ("Layout", "layout"), ("Device", "device"), ("Precision", "dtype")
-    told = {**summary, "loss": loss_text(as_mapping(summary.get("loss"))), "loss_doc": loss_doc(summary)}
+    told = {
+        **summary,
+        "loss": loss_text(as_mapping(summary.get("loss"))),
+        "loss_doc": loss_doc(summary),
+        "judge": as_mapping(summary.get("judge")).get("description"),
+    }
     return _known(told, (*names, *more, ("Started", "started"), ("Status", "status")))
 
 

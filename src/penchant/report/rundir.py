@@ -102,6 +102,7 @@ def read_run(run_dir: Path) -> RunRecord:
     run.summary = _read_json(run_dir / "summary.json")
     run.events = [_clean_all(row) for row in _read_lines(run_dir / "events.jsonl", run)]
     run.samples = [_clean_all(row) for row in _read_lines(run_dir / "samples.jsonl", run)]
+    run.samples += [_clean_all(_as_sample(row)) for row in _read_lines(run_dir / "answers.jsonl", run)]
     _read_metrics(run_dir / "metrics.jsonl", run)
     _read_pairs(run_dir / "pairs.jsonl", run)
     _read_completions(run_dir / "completions.jsonl", run)
@@ -163,6 +164,15 @@ def _read_lines(path: Path, run: RunRecord) -> Iterator[dict[str, Any]]:
             # Without its newline a line is the last one, cut off while it was written.
             elif row is None and line.endswith("\n") and line.strip():
                 run.num_unreadable += 1
+
+
+def _as_sample(row: Mapping[str, Any]) -> dict[str, Any]:
+    """A held-out answer as a sample, with the judge's scores beside the answers."""
+    prompt = row.get("prompt")
+    turns = [as_mapping(turn) for turn in prompt] if isinstance(prompt, list) else []
+    told = "\n\n".join(str(turn.get("content", "")) for turn in turns) if turns else prompt
+    known = {"before_score": finite(row.get("score_before")), "after_score": finite(row.get("score"))}
+    return {"prompt": told, "before": row.get("before"), "after": row.get("answer")} | known
 
 
 def _read_metrics(path: Path, run: RunRecord) -> None:
