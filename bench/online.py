@@ -103,36 +103,51 @@ def _result(folder: Path) -> dict[str, Any]:
     return {
         "before": np.array([row["score_before"] for row in rows]),
         "after": np.array([row["score"] for row in rows]),
-        "sampled": [line["samples/score"] for line in lines if "samples/score" in line],
-        "kl": next(m["eval_answer_kl"] for m in reversed(lines) if "eval_answer_kl" in m),
+        "curve": [(line["eval_answer_kl"], line["eval_score"]) for line in lines if "eval_score" in line],
+        "on the way": [np.array([row["scores"][step] for row in rows]) for step in rows[0].get("scores", ())],
         "minutes": json.loads((folder / "summary.json").read_text(encoding="utf-8"))["wall_s"] / 60,
-        "length": next(m["eval_answer_length"] for m in reversed(lines) if "eval_answer_length" in m),
+        "length": next(line["eval_answer_length"] for line in reversed(lines) if "eval_answer_length" in line),
     }
 
 
 def _table(results: dict[str, list[dict[str, Any]]]) -> str:
     """Means over prompts and seeds; intervals over prompts, of which each is the mean of its seeds."""
     lines = [
-        "| method | mean score (95%) | against fixed pairs (95%) | each seed | KL, nats | tokens | minutes a run |",
+        "| method | mean score (95%) | KL | against fixed pairs | against them at no less KL | tokens | minutes |",
         "|---|---:|---:|---:|---:|---:|---:|",
     ]
     first = next(iter(results.values()))
     start = mean_with_interval(np.mean([one["before"] for one in first], axis=0))
-    lines.append(f"| before training | {_with_ends(start)} | | | 0 | | |")
-    base = np.mean([one["after"] for one in first], axis=0)
+    lines.append(f"| before training | {_with_ends(start)} | 0 | | | | |")
     for name, own in results.items():
         after = np.mean([one["after"] for one in own], axis=0)
-        gain = "" if own is first else _with_ends(difference(after, base), sign="+")
-        seeds = ", ".join(f"{one['after'].mean():.2f}" for one in own)
-        kl, length, minutes = (np.mean([one[key] for one in own]) for key in ("kl", "length", "minutes"))
+        gain = at_kl = ""
+        if own is not first:
+            gain = _with_ends(difference(after, np.mean([one["after"] for one in first], axis=0)), sign="+")
+            both = list(zip(first, own, strict=False))
+            fixed = [_at_no_less_kl(base, one["curve"][-1][0]) for base, one in both]
+            base = np.mean([scores for scores, _ in fixed], axis=0)
+            shared = np.mean([one["after"] for _, one in both], axis=0)
+            at_kl = f"{_with_ends(difference(shared, base), sign='+')} at {np.mean([kl for _, kl in fixed]):.1f}"
+        kl_, length, minutes = (
+            np.mean(values)
+            for values in zip(*((one["curve"][-1][0], one["length"], one["minutes"]) for one in own), strict=True)
+        )
         score = _with_ends(mean_with_interval(after))
-        lines.append(f"| {name} | {score} | {gain} | {seeds} | {kl:.2f} | {length:.0f} | {minutes:.1f} |")
-    lines += ["", "| method | mean score of the completions sampled, over the course of the run |", "|---|---|"]
+        lines.append(f"| {name} | {score} | {kl_:.2f} | {gain} | {at_kl} | {length:.0f} | {minutes:.1f} |")
+    lines += ["", "| method | KL: mean score, at the evaluations of the run (mean of the seeds) |", "|---|---|"]
     for name, own in results.items():
-        curve = np.mean([one["sampled"] for one in own], axis=0)
-        parts = np.array_split(curve, min(8, len(curve)))
-        lines.append(f"| {name} | {', '.join(f'{part.mean():.2f}' for part in parts)} |")
+        curve = np.mean([one["curve"] for one in own], axis=0)
+        lines.append(f"| {name} | {', '.join(f'{kl:.2f}: {score:.2f}' for kl, score in curve)} |")
     return "\n".join(lines)
+
+
+def _at_no_less_kl(run: dict[str, Any], kl: float) -> tuple[Any, float]:
+    """Scores and KL of a run's first evaluation that is at least so far from the start; else of its last."""
+    for (distance, _), scores in zip(run["curve"], run["on the way"], strict=False):
+        if distance >= kl:
+            return scores, distance
+    return run["after"], run["curve"][-1][0]
 
 
 def _with_ends(found: Any, sign: str = "") -> str:

@@ -34,6 +34,8 @@ def test_a_row_holds_the_figures_of_its_run(make_one: MakeOne) -> None:
         "accuracy_before": 0.6,
         "longer_wins": 0.3,
         "kl": 0.03,
+        "score": None,
+        "answer_kl": None,
         "answer_length": 5.0,
         "held_out_loss": 0.41,
         "margin": 1.5,
@@ -45,6 +47,19 @@ def test_a_row_holds_the_figures_of_its_run(make_one: MakeOne) -> None:
         "wall_s": 250.0,
         "peak_memory_bytes": 3 * 2**30,
     }
+
+
+def test_runs_that_were_judged_are_ordered_by_their_scores(make_one: MakeOne) -> None:
+    for name, score in (("a", 1.5), ("b", 2.5)):
+        run_dir = make_one(name, None)
+        summary = json.loads((run_dir / "summary.json").read_text())
+        summary["answers"] = {"prompts": 8, "score": {"value": score, "low": score - 1, "high": score + 1}}
+        (run_dir / "summary.json").write_text(json.dumps(summary))
+    comparison = compare([run_dir.parent / name for name in ("a", "b")])
+    assert [row.name for row in comparison.rows] == ["b", "a"]
+    assert comparison.headline == (
+        "b comes first: its answers to held-out prompts have a mean score of 2.5 (95% interval 1.5 to 3.5)."
+    )
 
 
 def test_the_accuracy_of_a_model_that_is_its_own_reference_is_left_out(make_one: MakeOne) -> None:

@@ -25,7 +25,7 @@ from penchant.report.units import EXAMPLE, UNITS, Unit, common
 
 @dataclass(frozen=True)
 class Comparison:
-    """Runs side by side, the most accurate first, those without a held-out accuracy last."""
+    """Runs side by side, the most accurate first; those without a held-out accuracy last, by their scores."""
 
     rows: tuple[Row, ...]
     different: tuple[str, ...]
@@ -47,6 +47,11 @@ class Comparison:
         """The outcome in one or two sentences."""
         first, *others = self.rows
         best = first.figures
+        if best["accuracy"] is None and (judged := best["score"]) is not None:
+            return (
+                f"{first.name}{' comes first' if others else ''}: its answers to held-out prompts have a mean score of "
+                f"{number(judged.value)} (95% interval {number(judged.low)} to {number(judged.high)})."
+            )
         if best["accuracy"] is None:
             return f"No accuracy on held-out {self.unit.plural} after training is known of these runs."
         agreement = _unit([first], "eval").agreement(best["accuracy"], best["num_held_out"])
@@ -77,7 +82,7 @@ def compare(run_dirs: Sequence[Path]) -> Comparison:
     tails = [["/".join(path.parts[-n:]) for n in range(1, len(path.parts) + 1)] for path in map(Path.resolve, paths)]
     names = [next(tail for tail in own if sum(tail in other for other in tails) == 1) for own in tails]
     rows = [read_row(path, clean(name)) for path, name in zip(paths, names, strict=True)]
-    rows.sort(key=lambda row: (row.figures["accuracy"] is None, -(row.figures["accuracy"] or 0), row.name))
+    rows.sort(key=_place)
     keys = sorted(dict.fromkeys(key for row in rows for key in row.settings), key=place)
     equal = [key for key in keys if all(row.settings.get(key) == rows[0].settings.get(key) for row in rows)]
     different = _settings_to_tell_apart(rows, [key for key in keys if key not in equal])
@@ -141,6 +146,12 @@ def write_comparison(comparison: Comparison, path: Path) -> Path:
 
 def _table(comparison: Comparison) -> tuple[list[Column], list[Line]]:
     return lay_out(comparison.rows, comparison.different, comparison.baselines, comparison.unit)
+
+
+def _place(row: Row) -> tuple[Any, ...]:
+    """By accuracy; runs without one by the judge's score of their answers."""
+    accuracy, judged = row.figures["accuracy"], row.figures["score"]
+    return (accuracy is None, -(accuracy or 0), judged is None, -(judged.value if judged else 0), row.name)
 
 
 def _unit(rows: Iterable[Row], split: str) -> Unit:

@@ -40,6 +40,14 @@ def _of_accuracy(name: str) -> Callable[[RunRecord], Any]:
     return lambda run: getattr(verdict.held_out_accuracy(run), name, None)
 
 
+def _of_answers(name: str) -> Callable[[RunRecord], Any]:
+    return lambda run: verdict.judged(run, name)
+
+
+def _estimated(judged: verdict.Judged) -> str:
+    return f"{number(judged.value)} ({number(judged.low)} to {number(judged.high)})"
+
+
 def _of_summary(key: str) -> Callable[[RunRecord], Any]:
     return lambda run: finite(run.summary.get(key))
 
@@ -63,8 +71,10 @@ def _answer_length(run: RunRecord) -> Number | None:
 COLUMNS = (
     Column("accuracy", "Accuracy", "held-out", 0, _of_accuracy("after"), percent),
     Column("interval", "95% interval", "of the accuracy", 1, _of_accuracy("interval"), span),
+    Column("score", "Score", "of held-out answers", 1, _of_answers("score"), _estimated),
     Column("status", "Status", "", 1, lambda run: run.summary.get("status"), lambda s: str(s or "not begun"), True),
     Column("kl", "KL", "nats per token", 3, _after("kl")),
+    Column("answer_kl", "KL", "nats per answer", 3, _after("answer_kl")),
     Column("margin", "Margin", "of rewards", 4, _after("rewards/margins")),
     Column("chosen_reward", "{0.first} reward", "", 5, _after("rewards/chosen")),
     Column("rejected_reward", "{0.last} reward", "", 6, _after("rewards/rejected")),

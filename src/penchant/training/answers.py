@@ -35,7 +35,7 @@ class HeldoutAnswers:
             self.anchor = None  # it knows nothing of fresh answers
 
     def evaluate(self, step: int, advance: Callable[[int], None]) -> Evaluation:
-        """Judges the policy as it stands; keeps the answers of step 0, and the latest.
+        """Judges the policy as it stands; keeps the answers of step 0 and the latest, and the scores of all.
 
         Metrics: `score`, the mean of the judge's; `win_rate` against the answers before training, ties counting half;
         `answer_length` in tokens; `finished`, `distinct_2` and `repeated_4` as `evaluate.answers.describe` tells them;
@@ -94,17 +94,17 @@ class HeldoutAnswers:
         known = read_json_lines(self.path) if step > 0 else []
         rows = []
         for place, (text, one) in enumerate(zip(self.texts, answers, strict=True)):
-            before = known[place]["before"] if known else one.text
-            score_before = known[place]["score_before"] if known else scores[place]
+            earlier = known[place] if known else {"before": one.text, "score_before": scores[place], "scores": {}}
             rows.append(
                 {
                     "prompt": _plain(text),
-                    "before": before,
-                    "score_before": score_before,
+                    "before": earlier["before"],
+                    "score_before": earlier["score_before"],
                     "answer": one.text,
                     "score": scores[place],
                     "wins": wins[place],
                     "step": step,
+                    "scores": {**earlier["scores"], str(step): scores[place]},
                 }
             )
         make_folder(self.path.parent)

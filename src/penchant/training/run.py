@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
@@ -125,6 +126,7 @@ def execute(
         StopRequested: by Ctrl-C or SIGTERM, before there was anything to save.
     """
     log = log or RunLog()
+    gc.collect()  # models of earlier runs are circles of references, which are let go only now and then
     hardware.forget_peak_memory()
     run_dir = choose_run_dir(config)
     with explained(run_dir), stopping.listening(), ExitStack() as held:
