@@ -60,8 +60,8 @@ _IN_A_ROUND = {
     "after the verdict": ("sppo", Fault("penchant.online.judges:RuleJudge.judge", 5, returned=True)),
     "before a chunk is kept": ("online-dpo", Fault("penchant.online.growing:GrowingFile.append", 8)),
     "when a chunk is kept": ("sppo", Fault("penchant.online.growing:GrowingFile.append", 7, returned=True)),
-    "before the reference's answer is kept": ("sppo", Fault("penchant.training.rounds:save_file", 2)),
-    "when the reference's answer is kept": ("sppo", Fault("penchant.training.rounds:save_file", 2, returned=True)),
+    "before the reference's answer is kept": ("sppo", Fault("penchant.training.rounds:save", 2)),
+    "when the reference's answer is kept": ("sppo", Fault("penchant.training.rounds:save", 2, returned=True)),
     "in a round's steps": ("sppo", Fault("penchant.training.step:accumulate_gradient", 12)),
     "in a held-out evaluation": ("online-dpo", Fault("penchant.training.answers:write_json_lines", 2)),
 }

@@ -257,6 +257,26 @@ def test_a_changed_rule_is_a_changed_run(settings: dict[str, Any], rule: str, mo
     assert (done.run_dir / "rounds" / "0003.jsonl").read_bytes() != before
 
 
+def test_samples_of_other_settings_are_not_taken_where_no_checkpoint_tells_of_them(
+    settings: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    settings = {**settings, "method": "iterative-dpo", "online": {"rounds": 1}}
+
+    def fails(self: Training, draw: Any) -> str:
+        raise RuntimeError("gone")
+
+    monkeypatch.setattr(Training, "_step", fails)
+    with pytest.raises(RuntimeError, match="gone"):
+        quietly(settings)
+    monkeypatch.undo()
+    path = Path(settings["output_dir"]) / "rounds" / "0001.jsonl"
+    before = path.read_bytes()
+    quietly(settings, seed=1)
+    assert path.read_bytes() != before
+    fresh = quietly(settings, seed=1, output_dir=settings["output_dir"] + "-fresh")
+    assert path.read_bytes() == (fresh / "rounds" / "0001.jsonl").read_bytes()
+
+
 def test_a_function_in_hand_is_a_judge(model_folder: Path, tmp_path: Path) -> None:
     done = train(
         str(model_folder),

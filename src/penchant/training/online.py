@@ -164,7 +164,7 @@ def set_up_online(
     loss = build_loss(config.loss_settings())
     refuse_what_never_works(config, loss)
     plan, sampling_plan = config.filled_online(), config.filled_sampling()
-    _refuse_other_units(config, loss, plan)
+    _refuse_other_units(loss, plan)
     train, heldout = _read(config, data, eval_data)
     policy = load_policy(config, log, [prompt.text for prompt in (*train.prompts, *heldout.prompts)], policy)
     judge = judge or make_judge(config.judge, policy.device, policy.precision)
@@ -243,7 +243,7 @@ def _pieces(prompt: TokenizedExample) -> TokenizedExample:
     return TokenizedExample(prompt.prompt_ids, (ids, ids[:6]), prompt.index)
 
 
-def _refuse_other_units(config: RunConfig, loss: Loss, plan: OnlineConfig) -> None:
+def _refuse_other_units(loss: Loss, plan: OnlineConfig) -> None:
     wanted = "unpaired" if plan.pairs == "best" else "pair"
     if wanted not in loss.units or "kl" in loss.needs:
         what = "the best completions alone (sft)" if wanted == "unpaired" else "pairs"

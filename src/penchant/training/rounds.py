@@ -13,10 +13,10 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file, save
 
 from penchant.data.loader import Draw, epoch_order
-from penchant.disk import make_folder, new_file, read_json_lines
+from penchant.disk import make_folder, new_file, read_json_lines, write_json
 from penchant.errors import UserError
 from penchant.examples import Answer, TokenizedExample
 from penchant.online.growing import GrowingFile
@@ -27,6 +27,7 @@ from penchant.scoring.reference import Precomputed, Reference
 from penchant.training.identity import check_identity
 from penchant.training.logger import RunLog, count
 from penchant.training.online import OnlineSetup
+from penchant.training.rundir import read_mapping
 
 ROUNDS = "rounds"
 """Where they are in a run directory."""
@@ -222,7 +223,7 @@ class Rounds:
         with self.log.progress("reference", len(examples)) as meter:
             cache.fill(setup.policy, setup.layout.batches(examples, 2 * setup.max_tokens), meter.advance)
         with new_file(path) as file:
-            save_file({"logps": cache.flat(examples)}, file.name)
+            file.write(save({"logps": cache.flat(examples)}))
 
     def _check_identity(self, examples: Sequence[TokenizedExample]) -> None:
         assert self.reference is not None
@@ -246,11 +247,18 @@ class Rounds:
         }
 
 
-def forget_rounds_behind(run_dir: Path, setup: OnlineSetup, step: int) -> None:
-    """Removes the rounds that were sampled at `step` or later, because what follows is no longer what it was."""
-    for path in sorted((run_dir / ROUNDS).glob("*")):
-        if (int(path.name.partition(".")[0]) - 1) * setup.steps_per_round >= step:
-            path.unlink()
+def claim_rounds(run_dir: Path, setup: OnlineSetup, made_with: Mapping[str, Any], step: int) -> None:
+    """Keeps of earlier rounds what a run may go on with at `step`, and notes what rounds are made with from here on.
+
+    Where that is something else than before, rounds that were sampled at `step` or later are removed.
+    """
+    note = run_dir / ROUNDS / "made_with.json"
+    if read_mapping(note) != made_with:
+        for path in (run_dir / ROUNDS).glob("[0-9]*"):
+            if (int(path.name.partition(".")[0]) - 1) * setup.steps_per_round >= step:
+                path.unlink()
+        make_folder(note.parent)
+        write_json(note, made_with)
 
 
 def _from_row(row: dict[str, Any], prompt: TokenizedExample) -> Judged:

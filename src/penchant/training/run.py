@@ -34,7 +34,7 @@ from penchant.training.resume import (
     remember_allowed,
     was_allowed,
 )
-from penchant.training.rounds import forget_rounds_behind
+from penchant.training.rounds import claim_rounds
 from penchant.training.rundir import (
     check_run_dir,
     choose_run_dir,
@@ -150,11 +150,11 @@ def execute(
         summary = first_summary(setup)
         if goes_on:
             _cut_back(run_dir, checkpoint, setup)
-            if changes and isinstance(setup, OnlineSetup):
-                forget_rounds_behind(run_dir, setup, checkpoint.step if checkpoint else 0)
             summary["started"] = read_summary(run_dir).get("started", summary["started"])
         write_text(run_dir / "run.yaml", resolved_run_file(config, run_dir))  # first: it makes this a run directory
         write_json(run_dir / "data.json", setup.datasets.findings)
+        if isinstance(setup, OnlineSetup):
+            claim_rounds(run_dir, setup, current, checkpoint.step if checkpoint else 0)
         log.keep_in(run_dir)
         if goes_on:
             _say_going_on(log, checkpoint, setup.steps, changes)
