@@ -2,20 +2,28 @@
 
 Everyone begins with the same chat model, answers the prompts of `examples/direct_answers`, and is judged by the rule of
 `examples/brief_answers` (0 to 4 points for one short sentence). DPO on fixed pairs draws all its samples from the
-starting policy; the others draw the same number on their way.
+starting policy; the others draw the same number on their way. Afterwards the checkpoints of every run answer the
+held-out prompts several times each: score and KL from the start along the way, so that methods can be held against each
+other at the same distance.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from penchant import train
-from penchant.evaluate.wins import difference, mean_with_interval
+from penchant.disk import write_json
+from penchant.evaluate.answers import answer, distance
+from penchant.evaluate.wins import Numbers, mean_with_interval
+from penchant.models.generation import Sampling
+from penchant.online.rules import load_rule
+from penchant.scoring.policy import Policy
 
 ROOT = Path(__file__).parents[1]
 EXAMPLES = ROOT / "examples"
@@ -27,6 +35,8 @@ COMMON: dict[str, Any] = {
     "warmup_ratio": 0.0,
     "lora": {"rank": 16},
     "num_samples": 0,
+    "eval_steps": 10**6,
+    "keep_checkpoints": 10**6,
     "judge": {"name": "rule", "function": f"{EXAMPLES / 'brief_answers' / 'rule.py'}:score"},
 }
 WHOLE = {"temperature": 1.0, "top_p": 1.0, "top_k": 0}
@@ -43,35 +53,44 @@ def runs(samples: int) -> dict[str, dict[str, Any]]:
             "method": "iterative-dpo",
             "sampling": {"completions": 2},
             "online": {"rounds": 1, "prompts_per_round": samples // 2},
+            "save_steps": 4,
         },
-        "online-dpo": {"method": "online-dpo", "online": {"rounds": samples // 64, "prompts_per_round": 32}},
+        "online-dpo": {
+            "method": "online-dpo",
+            "online": {"rounds": samples // 64, "prompts_per_round": 32},
+            "save_steps": 8,
+        },
         "rso": {
             "method": "rso",
             "sampling": {"completions": 8, **WHOLE},
             "online": {"rounds": 1, "prompts_per_round": samples // 8, "accept": 4},
+            "save_steps": 4,
         },
         "sppo": {
             "method": "sppo",
             "sampling": {"completions": 4, **WHOLE},
             "online": {"rounds": 4, "prompts_per_round": samples // 16},
             "loss": {"eta": 10.0},
+            "save_steps": 4,
         },
     }
 
 
 def main() -> None:
-    """Runs what is asked for and is not there yet, one after the other, and prints the table of all that is there."""
+    """Runs and measures what is asked for and is not there yet, and prints the table of all that is there."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--model", default=_packaged_model(), help="the policy to begin with")
     parser.add_argument("--runs", nargs="*", default=list(runs(0)), choices=list(runs(0)))
     parser.add_argument("--samples", type=int, default=512, help="completions that each run may draw")
     parser.add_argument("--seeds", nargs="*", type=int, default=[0, 1])
     parser.add_argument("--tokens", type=int, default=32, help="longest completion")
+    parser.add_argument("--answers", type=int, default=4, help="to each held-out prompt, by every checkpoint")
     parser.add_argument("--set", nargs="*", default=[], metavar="KEY=VALUE", help="such as learning_rate=1e-4")
     parser.add_argument("--folder", type=Path, default=ROOT / "runs" / "online")
     options = parser.parse_args()
     prompts, heldout = (str(EXAMPLES / "direct_answers" / f"{name}.jsonl") for name in ("train", "heldout"))
     more = {key: json.loads(value) for key, _, value in (pair.partition("=") for pair in options.set)}
+    sampling = Sampling(max_new_tokens=options.tokens)
     for seed in options.seeds:
         for name in options.runs:
             settings = {**COMMON, **runs(options.samples)[name], **more, "seed": seed}
@@ -81,11 +100,39 @@ def main() -> None:
                 done = train(options.model, prompts, heldout, output_dir=str(folder), **settings)
                 if done.summary["status"] == "interrupted":
                     raise SystemExit(f"stopped; the same command goes on from {folder}")
-    found = {
-        name: [_result(folder) for seed in options.seeds if _is_finished(folder := _folder(options.folder, name, seed))]
-        for name in options.runs
-    }
-    print(_table({name: results for name, results in found.items() if results}))
+            measure(options.model, folder, sampling, options.answers)
+    folders = {name: [_folder(options.folder, name, seed) for seed in options.seeds] for name in options.runs}
+    print(_table({name: [Measured.of(folder) for folder in own] for name, own in folders.items()}))
+
+
+def measure(model: str, run: Path, sampling: Sampling, num_answers: int) -> None:
+    """Writes `measured/STEP.json` of a run's start and every checkpoint: score and KL of each held-out prompt."""
+    rows = [json.loads(line) for line in (run / "answers.jsonl").read_text(encoding="utf-8").splitlines()]
+    prompts = [row["prompt"] for row in rows]
+    places = {0: model, **{int(place.name[5:]): str(place) for place in (run / "checkpoints").glob("step-*")}}
+    places[json.loads((run / "summary.json").read_text(encoding="utf-8"))["steps"]] = str(run / "model")
+    missing = {step: place for step, place in places.items() if not (run / "measured" / f"{step}.json").exists()}
+    if not missing:
+        return
+    rule = load_rule(COMMON["judge"]["function"])
+    start = Policy.from_pretrained(model)
+    (run / "measured").mkdir(exist_ok=True)
+    for step, place in sorted(missing.items()):
+        policy = Policy.from_pretrained(place)
+        samples = answer(policy, prompts, sampling, seed=1, num_samples=num_answers)
+        flat = [one for own in samples for one in own]
+        asked = [prompt for prompt in prompts for _ in range(num_answers)]
+        texts = [[one.text for one in own] for own in samples]
+        scores = [rule.scores(prompt, own) for prompt, own in zip(prompts, texts, strict=True)]
+        found = {
+            "score": np.mean(scores, axis=1).tolist(),
+            "kl": np.reshape(distance(policy, start, asked, flat), (-1, num_answers)).mean(1).tolist(),
+            "length": float(np.mean([len(one.token_ids) for one in flat])),
+        }
+        write_json(run / "measured" / f"{step}.json", found)
+        print(
+            f"{run.name}, step {step}: score {np.mean(found['score']):.3f} at KL {np.mean(found['kl']):.2f}", flush=True
+        )
 
 
 def _folder(parent: Path, name: str, seed: int) -> Path:
@@ -97,57 +144,70 @@ def _is_finished(folder: Path) -> bool:
     return place.exists() and json.loads(place.read_text(encoding="utf-8"))["status"] == "finished"
 
 
-def _result(folder: Path) -> dict[str, Any]:
-    rows = [json.loads(line) for line in (folder / "answers.jsonl").read_text(encoding="utf-8").splitlines()]
-    lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]
-    return {
-        "before": np.array([row["score_before"] for row in rows]),
-        "after": np.array([row["score"] for row in rows]),
-        "curve": [(line["eval_answer_kl"], line["eval_score"]) for line in lines if "eval_score" in line],
-        "on the way": [np.array([row["scores"][step] for row in rows]) for step in rows[0].get("scores", ())],
-        "minutes": json.loads((folder / "summary.json").read_text(encoding="utf-8"))["wall_s"] / 60,
-        "length": next(line["eval_answer_length"] for line in reversed(lines) if "eval_answer_length" in line),
-    }
+@dataclass(frozen=True)
+class Measured:
+    """A run's way: at its start and each checkpoint the KL, and the score of each held-out prompt."""
+
+    kl: Numbers
+    scores: Numbers
+    length: float
+    minutes: float
+
+    @classmethod
+    def of(cls, run: Path) -> Measured:
+        """What `measure` wrote of a run."""
+        places = sorted((run / "measured").glob("*.json"), key=lambda place: int(place.stem))
+        found = [json.loads(place.read_text(encoding="utf-8")) for place in places]
+        wall_s = json.loads((run / "summary.json").read_text(encoding="utf-8"))["wall_s"]
+        return cls(
+            np.array([np.mean(one["kl"]) for one in found]),
+            np.array([one["score"] for one in found]),
+            found[-1]["length"],
+            wall_s / 60,
+        )
+
+    def scores_at(self, kl: float) -> Numbers:
+        """The prompts' scores at a distance from the start, by straight lines between the checkpoints around it."""
+        return np.array([np.interp(kl, self.kl, of_prompt) for of_prompt in self.scores.T])
 
 
-def _table(results: dict[str, list[dict[str, Any]]]) -> str:
+def _table(results: dict[str, list[Measured]]) -> str:
     """Means over prompts and seeds; intervals over prompts, of which each is the mean of its seeds."""
     lines = [
-        "| method | mean score (95%) | KL | against fixed pairs | against them at no less KL | tokens | minutes |",
-        "|---|---:|---:|---:|---:|---:|---:|",
+        "| method | mean score (95%) | KL | against fixed pairs | at the same KL | all along | tokens | minutes |",
+        "|---|---:|---:|---:|---:|---:|---:|---:|",
     ]
-    first = next(iter(results.values()))
-    start = mean_with_interval(np.mean([one["before"] for one in first], axis=0))
-    lines.append(f"| before training | {_with_ends(start)} | 0 | | | | |")
+    fixed = next(iter(results.values()))
+    start = mean_with_interval(np.mean([one.scores[0] for one in fixed], axis=0))
+    lines.append(f"| before training | {_with_ends(start)} | 0 | | | | | |")
     for name, own in results.items():
-        after = np.mean([one["after"] for one in own], axis=0)
-        gain = at_kl = ""
-        if own is not first:
-            gain = _with_ends(difference(after, np.mean([one["after"] for one in first], axis=0)), sign="+")
-            both = list(zip(first, own, strict=False))
-            fixed = [_at_no_less_kl(base, one["curve"][-1][0]) for base, one in both]
-            base = np.mean([scores for scores, _ in fixed], axis=0)
-            shared = np.mean([one["after"] for _, one in both], axis=0)
-            at_kl = f"{_with_ends(difference(shared, base), sign='+')} at {np.mean([kl for _, kl in fixed]):.1f}"
-        kl_, length, minutes = (
-            np.mean(values)
-            for values in zip(*((one["curve"][-1][0], one["length"], one["minutes"]) for one in own), strict=True)
-        )
-        score = _with_ends(mean_with_interval(after))
-        lines.append(f"| {name} | {score} | {kl_:.2f} | {gain} | {at_kl} | {length:.0f} | {minutes:.1f} |")
-    lines += ["", "| method | KL: mean score, at the evaluations of the run (mean of the seeds) |", "|---|---|"]
+        gains = ["", "", ""]
+        both = list(zip(own, fixed, strict=False))
+        if own is not fixed and both:
+            gains = [
+                _gain([one.scores[-1] - base.scores[-1] for one, base in both]),
+                _gain([one.scores[-1] - base.scores_at(one.kl[-1]) for one, base in both]),
+                _gain([_mean_gain(one, base) for one, base in both]),
+            ]
+        score = _with_ends(mean_with_interval(np.mean([one.scores[-1] for one in own], axis=0)))
+        kl, length, minutes = np.mean([(one.kl[-1], one.length, one.minutes) for one in own], axis=0)
+        lines.append(f"| {name} | {score} | {kl:.2f} | {' | '.join(gains)} | {length:.0f} | {minutes:.1f} |")
+    lines += ["", "| method | seed | KL: mean score, at the checkpoints |", "|---|---:|---|"]
     for name, own in results.items():
-        curve = np.mean([one["curve"] for one in own], axis=0)
-        lines.append(f"| {name} | {', '.join(f'{kl:.2f}: {score:.2f}' for kl, score in curve)} |")
+        for number, one in enumerate(own):
+            curve = ", ".join(f"{kl:.2f}: {scores.mean():.2f}" for kl, scores in zip(one.kl, one.scores, strict=True))
+            lines.append(f"| {name} | {number} | {curve} |")
     return "\n".join(lines)
 
 
-def _at_no_less_kl(run: dict[str, Any], kl: float) -> tuple[Any, float]:
-    """Scores and KL of a run's first evaluation that is at least so far from the start; else of its last."""
-    for (distance, _), scores in zip(run["curve"], run["on the way"], strict=False):
-        if distance >= kl:
-            return scores, distance
-    return run["after"], run["curve"][-1][0]
+def _mean_gain(run: Measured, fixed: Measured) -> Numbers:
+    """By how much each prompt's score lies above fixed pairs at the same KL, on average over the run's checkpoints."""
+    behind_start = zip(run.kl[1:], run.scores[1:], strict=True)
+    return np.mean([scores - fixed.scores_at(kl) for kl, scores in behind_start], axis=0)
+
+
+def _gain(by_seed: list[Numbers]) -> str:
+    return _with_ends(mean_with_interval(np.mean(by_seed, axis=0)), sign="+")
 
 
 def _with_ends(found: Any, sign: str = "") -> str:

@@ -125,7 +125,14 @@ def count(number: int, noun: str) -> str:
 
 def one_line(metrics: dict[str, Any]) -> str:
     """The few numbers that stand beside a progress bar."""
-    names = {"loss": "loss", "rewards/accuracies": "accuracy", "rewards/margins": "margin"}
+    names = {
+        "loss": "loss",
+        "rewards/accuracies": "accuracy",
+        "rewards/margins": "margin",
+        "score": "score",
+        "win_rate": "win rate",
+        "answer_kl": "KL",
+    }
     parts = [f"{short} {metrics[name]:.3f}" for name, short in names.items() if metrics.get(name) is not None]
     if metrics.get("tokens_per_s"):
         parts.append(f"{metrics['tokens_per_s']:,.0f} tokens/s")

@@ -241,11 +241,14 @@ def _say_going_on(log: RunLog, checkpoint: Checkpoint | None, total: int, change
 def _warn_of_little_room(setup: Setup, run_dir: Path, log: RunLog) -> None:
     """Says before the first step how much disk the run needs, where there is less."""
     size = expected_checkpoint_bytes(setup.policy, setup.config)
-    needed, free = size * (setup.config.keep_checkpoints + 1 + setup.config.save_best), free_bytes(run_dir)
+    kept = setup.config.keep_checkpoints
+    if setup.config.save_steps:
+        kept = min(kept, setup.steps // setup.config.save_steps)
+    needed, free = size * (kept + 1 + setup.config.save_best), free_bytes(run_dir)
     if free < needed:
         message = (
             f"output_dir: {free / 1e9:.2f} GB are free there, and the run needs about {needed / 1e9:.2f} GB: a "
-            f"checkpoint takes {size / 1e9:.2f} GB, keep_checkpoints keeps {setup.config.keep_checkpoints}, and a new "
+            f"checkpoint takes {size / 1e9:.2f} GB, keep_checkpoints keeps {kept}, and a new "
             "one is written before the oldest goes"
         )
         log.event("warn", "little-room", message, step=0)
