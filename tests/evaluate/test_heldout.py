@@ -49,7 +49,7 @@ def test_means_and_rewards_do_not_depend_on_the_batches(settings: dict[str, Any]
             batches = cut(examples, sizes, layout, "prompts" in loss.needs)
             ref = reference if "reference" in loss.needs else None
             found.append(evaluate(policy, ref, loss, batches, told.append, kl_batches))
-    assert told == [6, 2, 1, 3] * 2
+    assert told == [6, 2, 1, 3] * 3
     assert sorted(found[0].rewards) == [10, 11, 12, 13, 14, 15]
     for other in found[1:]:
         assert other.metrics == pytest.approx(found[0].metrics, rel=1e-9)

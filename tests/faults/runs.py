@@ -68,6 +68,7 @@ class Workshop:
             *_COMMON.split(),
             *KINDS[kind].replace("RULE", str(self._rule)).split(),
             *("--output_dir", str(run_dir)),
+            *("--reference.cache", f"{run_dir}-logps"),  # else the pass of the first run would serve all
             *more,
         ]
 

@@ -7,10 +7,10 @@ from typing import Any
 import pytest
 import torch
 
-from penchant.layouts import padded, prefix_shared
-from penchant.types import Batch, SharedRows, TokenizedExample, TokenLogps
+from penchant.layouts import packed, padded, prefix_shared
+from penchant.types import Batch, Segments, TokenizedExample, TokenLogps
 
-LAYOUTS = pytest.mark.parametrize("layout", [padded, prefix_shared], ids=["padded", "prefix_shared"])
+LAYOUTS = pytest.mark.parametrize("layout", [padded, packed, prefix_shared], ids=["padded", "packed", "prefix_shared"])
 EXAMPLES = [
     TokenizedExample([5, 9, 2, 31], ([7, 60, 8], [7, 12]), index=40),
     TokenizedExample([11], ([4, 4, 12, 30],), index=7),
@@ -28,7 +28,12 @@ def test_moved_batch_is_the_same_batch(layout: Any, with_prompts: bool) -> None:
     assert set(moved.model_inputs) == set(batch.model_inputs)
     tensors = [moved.hidden_rows, moved.target_ids, moved.sequence_ids, moved.lengths]
     for each in moved.model_inputs.values():
-        tensors += [each.gather, each.scatter] if isinstance(each, SharedRows) else [each]
+        if isinstance(each, Segments):
+            tensors += [*each.rows, *each.members, each.own_spans.bounds]
+            if each.shared_spans is not None:
+                tensors += [each.shared_spans.asking, each.shared_spans.asked, each.shared_spans.of_asked.bounds]
+        else:
+            tensors.append(each)
     assert all(tensor.is_meta for tensor in tensors)
 
 
@@ -47,9 +52,10 @@ def test_joined_batches_are_the_sequences_of_one_batch(layout: Any, with_prompts
 
 def test_layouts_agree_on_everything_but_what_the_model_sees() -> None:
     for with_prompts in (False, True):
-        rows, packed = (layout.collate(EXAMPLES, with_prompts) for layout in (padded, prefix_shared))
+        rows, *others = (layout.collate(EXAMPLES, with_prompts) for layout in (padded, packed, prefix_shared))
         for name in ("target_ids", "sequence_ids", "lengths", "is_completion"):
-            assert getattr(rows, name).tolist() == getattr(packed, name).tolist(), name
+            for other in others:
+                assert getattr(rows, name).tolist() == getattr(other, name).tolist(), name
 
 
 def test_what_was_said_about_several_batches_is_joined_where_all_said_it() -> None:

@@ -19,7 +19,7 @@ from penchant import stopping
 from penchant.errors import UserError
 from penchant.models import generation, prompt_cache
 from penchant.models.adapters import adapter_off, add_lora
-from penchant.models.attention import IMPLEMENTATION, attending_in_rows, use_shared_rows
+from penchant.models.attention import IMPLEMENTATION, attending, use_attend
 from penchant.models.generation import Generated, Sampling, choose, generate
 
 from ..conftest import make_tiny_model
@@ -301,7 +301,7 @@ def state_of(model: Any) -> list[Any]:
 @pytest.mark.parametrize("family", ["llama", "stablelm"])
 def test_the_model_is_left_as_it_was(family: str, implementation: str, prompts: list[list[int]]) -> None:
     model = make(family)
-    use_shared_rows(model)
+    use_attend(model)
     model.set_attn_implementation(implementation)
     model.generation_config.update(do_sample=True, repetition_penalty=5.0, eos_token_id=7, min_new_tokens=3)
     model.train()
@@ -383,7 +383,7 @@ def test_autocast_rounds_the_logits_and_keeps_the_law(prompts: list[list[int]]) 
     ids = sorted(prompts, key=len)
     with torch.no_grad(), torch.autocast("cpu", dtype=torch.bfloat16):
         stepper = generation._Stepper(model, ids)
-        with attending_in_rows(model):
+        with attending(model):
             found = stepper.step([each[-1] for each in ids])
         expected = torch.cat([model(input_ids=torch.tensor([each])).logits[:, -1] for each in ids])
         assert {states.dtype for states in stepper.cache.prompt_states(0)} == {torch.bfloat16}

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
 from types import SimpleNamespace
 from typing import Any
 
@@ -13,7 +12,7 @@ import transformers
 from torch import Tensor, nn
 
 from penchant.layouts.padded import collate
-from penchant.models import logps as module
+from penchant.models import head
 from penchant.models.adapters import add_lora
 from penchant.models.logps import builds_full_logits, token_logps
 from penchant.types import Batch, TokenizedExample
@@ -162,7 +161,7 @@ def test_chunks_change_neither_values_nor_gradients(batch: Batch, monkeypatch: p
     model = make_model("gemma2")
     whole = token_logps(model, batch, with_entropies=True, with_collisions=True)
     whole_gradients = gradients(model, whole.logps)
-    monkeypatch.setitem(module.CHUNK_BYTES, "cpu", 3 * 4 * VOCAB)  # three rows at a time; 13 rows in all
+    monkeypatch.setitem(head.CHUNK_BYTES, "cpu", 3 * 4 * VOCAB)  # three rows at a time; 13 rows in all
     in_chunks = token_logps(model, batch, with_entropies=True, with_collisions=True)
     torch.testing.assert_close(in_chunks.logps, whole.logps, rtol=0, atol=1e-12)
     torch.testing.assert_close(in_chunks.entropies, whole.entropies, rtol=0, atol=1e-12)
@@ -189,7 +188,7 @@ def test_log_collisions_are_the_logs_of_the_sums_of_p_squared(
     family: str, rows_per_chunk: int, batch: Batch, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     model = make_model(family)
-    monkeypatch.setitem(module.CHUNK_BYTES, "cpu", rows_per_chunk * 4 * VOCAB)
+    monkeypatch.setitem(head.CHUNK_BYTES, "cpu", rows_per_chunk * 4 * VOCAB)
     scored = token_logps(model, batch, with_collisions=True)
     expected = expected_log_collisions(model, SEQUENCES)
     torch.testing.assert_close(scored.log_collisions, expected, rtol=0, atol=1e-9)
@@ -262,94 +261,40 @@ def test_module_that_puts_time_first_is_refused(batch: Batch) -> None:
         token_logps(model, batch)
 
 
-def test_only_rows_that_predict_a_completion_token_reach_the_head(
-    batch: Batch, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    model = make_model("llama").float()
-    token_logps(model, batch)  # the first call looks at the model's own logits once
-    rows: list[int] = []
-    model.lm_head.register_forward_hook(lambda _, inputs, __: rows.append(inputs[0].flatten(0, -2).shape[0]))
-    sizes = list(tensor_sizes_over_the_vocabulary(model, batch))
-    num_tokens = sum(len(completion) for _, completion in SEQUENCES)
-    assert rows == [num_tokens]
-    assert max(sizes) <= num_tokens * VOCAB < batch.model_inputs["input_ids"].numel() * VOCAB
-
-    rows.clear()
-    monkeypatch.setitem(module.CHUNK_BYTES, "cpu", 4 * 4 * VOCAB)
-    sizes = list(tensor_sizes_over_the_vocabulary(model, batch))
-    assert rows[:4] == [4, 4, 4, 1]
-    assert sorted(rows[4:]) == [1, 4, 4, 4]  # once more on the way back
-    assert max(sizes) <= 4 * VOCAB
-
-
-def tensor_sizes_over_the_vocabulary(model: nn.Module, batch: Batch) -> Iterator[int]:
-    """Sizes of all tensors with a last dimension of V that a forward and a backward pass make, weights aside."""
+def rows_made(model: nn.Module, batch: Batch) -> tuple[list[int], int]:
+    """Rows of each product with the head, there and back, and the size of the largest tensor over the vocabulary."""
     from torch.utils._python_dispatch import TorchDispatchMode
 
-    sizes = []
+    rows: list[int] = []
+    sizes: list[int] = []
 
     class Watch(TorchDispatchMode):
         def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
             output = func(*args, **(kwargs or {}))
             if isinstance(output, Tensor) and output.shape[-1:] == (VOCAB,) and output.data_ptr() != weight.data_ptr():
                 sizes.append(output.numel())
+                if func is torch.ops.aten.mm.default:
+                    rows.append(output.shape[0])
             return output
 
-    weight = model.lm_head.weight.requires_grad_(False)
+    weight = model.lm_head.weight
     with Watch():
         token_logps(model, batch).logps.sum().backward()
-    return iter(sizes)
+    return rows, max(sizes)
 
 
-def test_batch_without_completion_tokens_has_no_logps() -> None:
-    empty = collate_sequences([([3, 4], []), ([5], [])])
-    scored = token_logps(make_model("llama"), empty, with_entropies=True, with_collisions=True)
-    assert scored.logps.shape == scored.entropies.shape == scored.log_collisions.shape == (0,)
-
-
-@pytest.mark.usefixtures("_float64_throughout")
-def test_head_that_is_replaced_after_scoring_is_the_one_that_scores(batch: Batch) -> None:
-    model = make_model("llama")
-    token_logps(model, batch)
-    model.resize_token_embeddings(VOCAB + 5, mean_resizing=False)
-    torch.manual_seed(1)
-    nn.init.normal_(model.lm_head.weight)
-    assert_same_values_and_gradients(model, batch)
-
-    add_lora(model, rank=2, alpha=4, target_modules=["lm_head"]).double()  # changes the model in hand
-    nn.init.normal_(model.lm_head.lora_B["default"].weight)
-    assert_same_values_and_gradients(model, batch)
-
-
-@pytest.mark.usefixtures("_float64_throughout")
-def test_setting_that_the_model_does_not_heed_sends_it_to_its_own_logits(batch: Batch) -> None:
-    model = make_model("llama")
-    token_logps(model, batch)
-    model.config.final_logit_softcapping = 2.0  # of Gemma 2; a Llama never looks at it
-    assert_same_values_and_gradients(model, batch)
-    assert builds_full_logits(model)
-
-
-def test_scoring_leaves_the_mode_of_every_part_as_it_was(batch: Batch) -> None:
-    model = make_model("llama").train()
-    model.model.layers[0].eval()
-    before = [part.training for part in model.modules()]
-    token_logps(model, batch)
-    assert [part.training for part in model.modules()] == before
-
-
-def test_low_precision_logits_are_normalised_in_float32(batch: Batch) -> None:
-    for model in (make_model("llama").bfloat16(), Recurrent(wrapped=False).bfloat16()):
-        scored = token_logps(model, batch, with_entropies=True)
-        assert scored.logps.dtype == scored.entropies.dtype == torch.float32
-        torch.testing.assert_close(scored.logps, expected_logps(model.float(), SEQUENCES), rtol=0.05, atol=0.05)
-
-
-def test_autocast_changes_the_numbers_by_rounding_alone(batch: Batch) -> None:
+def test_only_rows_that_predict_a_completion_token_reach_the_head(
+    batch: Batch, monkeypatch: pytest.MonkeyPatch
+) -> None:
     model = make_model("llama").float()
-    exact = token_logps(model, batch).logps
-    with torch.autocast("cpu", dtype=torch.bfloat16):
-        rounded = token_logps(model, batch).logps
-    assert rounded.dtype == torch.float32
-    assert not torch.equal(rounded, exact)
-    torch.testing.assert_close(rounded, exact, rtol=0.05, atol=0.1)
+    token_logps(model, batch)  # the first call looks at the model's own logits once
+    num_tokens = sum(len(completion) for _, completion in SEQUENCES)
+    assert num_tokens < batch.model_inputs["input_ids"].numel()
+    assert rows_made(model, batch) == ([num_tokens], num_tokens * VOCAB)
+
+    monkeypatch.setitem(head.CHUNK_BYTES, "cpu", 4 * 4 * VOCAB)
+    assert rows_made(model, batch) == ([4, 4, 4, 1], 4 * VOCAB)
+    monkeypatch.setitem(head.KEPT_BYTES, "cpu", 4 * num_tokens * VOCAB - 1)
+    assert rows_made(model, batch) == ([4, 4, 4, 1] * 2, 4 * VOCAB)  # no room to keep them: once more on the way back
+    model.lm_head.weight.requires_grad_(False)
+    assert rows_made(model, batch) == ([4, 4, 4, 1], 4 * VOCAB)  # what goes back is made on the way there

@@ -9,13 +9,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from penchant.scoring.layout import PADDED, PREFIX_SHARED, Layout, trouble_with_sharing
+from penchant.scoring.layout import PACKED, PADDED, PREFIX_SHARED, Layout, trouble_with
 from penchant.scoring.policy import Policy
 from penchant.scoring.reference import FrozenModel
 from penchant.types import Batch, TokenizedExample
 
 VOCAB = 96
-LAYOUTS = [PADDED, PREFIX_SHARED]
+LAYOUTS = [PADDED, PACKED, PREFIX_SHARED]
 
 LENGTHS: dict[str, list[list[int]]] = {
     "pair": [[3, 5], [9, 2], [1, 6], [4, 4], [7, 1], [2, 8]],
@@ -81,9 +81,9 @@ def move(model: nn.Module, seed: int = 8, by: float = 0.05) -> None:
 
 
 def moved_policy() -> tuple[Policy, FrozenModel]:
-    """A policy that has left its reference; both attend in shared rows where a batch asks for it."""
+    """A policy that has left its reference; both attend in segments where a batch asks for it."""
     policy = Policy(make_model(), None)
-    assert trouble_with_sharing(policy, ragged("pair")) is None
+    assert trouble_with(PREFIX_SHARED, policy, ragged("pair")) is None
     reference = FrozenModel.copy_of(policy)
     move(policy.model)
     return policy, reference

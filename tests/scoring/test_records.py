@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from penchant.config import METHODS
-from penchant.layouts import padded, prefix_shared
+from penchant.layouts import packed, padded, prefix_shared
 from penchant.losses import LOSSES, build_loss
 from penchant.models.logps import token_logps
 from penchant.scoring.records import (
@@ -26,7 +26,9 @@ from penchant.types import PairLogps, RankedLogps, SequenceLogps, TokenizedExamp
 
 from .samples import moved_policy, ragged
 
-LAYOUTS = pytest.mark.parametrize("layout", [padded, prefix_shared], ids=["padded", "prefix_shared"])
+LAYOUTS = pytest.mark.parametrize(
+    "layout", [padded, packed, prefix_shared], ids=["padded", "packed", "prefix_shared"]
+)
 
 PAIRS = [
     TokenizedExample([5, 9, 2], ([7, 60, 8], [7, 12]), 0, weight=2.0, margin=0.5, win_probabilities=(0.75, 0.25)),

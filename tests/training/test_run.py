@@ -199,8 +199,11 @@ def test_reference_kind_layout_and_microbatches_change_no_number(
     plain, _ = metrics_of(train(model_folder, tmp_path / "a", max_steps=4).run_dir)
     other, _ = metrics_of(train(model_folder, tmp_path / "b", max_steps=4, **settings).run_dir)
     for one, two in zip(plain, other, strict=True):
-        for name in METRICS | {"grad_norm"}:
+        # As long as the policy is its reference, rounding decides which reward is the higher.
+        is_at_start = abs(one["rewards/margins"]) < 1e-5
+        for name in METRICS | {"grad_norm"} - ({"rewards/accuracies"} if is_at_start else set()):
             assert two[name] == pytest.approx(one[name], rel=2e-3, abs=2e-4), name
+    assert not is_at_start
 
 
 def test_another_model_as_reference_gives_its_numbers_precomputed_or_beside(

@@ -87,6 +87,9 @@ class RunConfig(Section):
     """Share of unusable rows above which the run does not start."""
     drop: tuple[Drop, ...] = ()
     """Findings whose training rows are left out: near-identical, duplicate, ... (see: penchant check)."""
+    data_cache: str = "auto"
+    """Folder in which tokenised rows outlive the run, for all later ones; auto: `tokens` in Penchant's cache folder
+    ($PENCHANT_CACHE); none: kept in memory only."""
     min_margin: float | None = Field(default=None, gt=0)
     """Leave out training pairs whose margin (or difference of scores) is below this."""
     weigh_by_margin: bool = False
@@ -101,10 +104,13 @@ class RunConfig(Section):
     """auto, cpu, cuda, cuda:1, ..."""
     dtype: Literal["auto", "float32", "bf16"] = "auto"
     """Arithmetic: float32, or bf16 products over float32 weights; auto: bf16 where the hardware is fast at it."""
-    layout: Literal["auto", "padded", "prefix_shared"] = "auto"
-    """How pairs are laid out; auto: prefix_shared (each prompt computed once) where it is exact, else padded."""
+    layout: Literal["auto", "padded", "packed", "prefix_shared"] = "auto"
+    """How examples are laid out: padded rows, packed in one row, or with each prompt computed once (prefix_shared);
+    auto: prefix_shared where it is exact for the model, else padded."""
     microbatch_tokens: int | None = Field(default=None, ge=1)
     """Most tokens, filling included, computed at once; changes memory, never results. Default 1024, on a GPU 16384."""
+    gradient_checkpointing: bool = False
+    """Compute activations again in the backward pass instead of keeping them: less memory for one more forward pass."""
 
     logging_steps: int = Field(default=1, ge=1)
     """Metrics are averaged and written every so many steps."""

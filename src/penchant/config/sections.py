@@ -35,6 +35,9 @@ class ReferenceConfig(Section):
     """Another model as the reference: folder, hub id or .gguf file. It must share the policy's tokenizer."""
     offload: bool = False
     """Keep the frozen reference in host memory and move it to the device once a step."""
+    cache: str = "auto"
+    """Folder in which precomputed numbers outlive the run, for all later ones; auto: `logps` in Penchant's cache folder
+    ($PENCHANT_CACHE); none: kept in memory only."""
 
 
 T = TypeVar("T", bound=Section)

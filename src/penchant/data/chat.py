@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import signal
 import threading
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from itertools import islice
 from typing import Any, Literal
 
 from penchant.data.formats import RowProblem
@@ -43,26 +44,34 @@ TEMPLATE_SECONDS = 10.0
 
 
 @dataclass
-class TokenizedData:
-    """The examples of a data set as token ids, the texts they came from, and the rows that fell away."""
+class Split:
+    """Examples as token ids, and the texts they came from."""
 
-    examples: list[TokenizedExample] = field(default_factory=list)
-    texts: dict[int, Example] = field(default_factory=dict)
+    examples: Sequence[TokenizedExample]
+    texts: Mapping[int, Example]
     """What stands behind each `TokenizedExample.index`."""
+
+
+@dataclass
+class TokenizedData(Split):
+    """What became of a data set: its examples, and the rows that fell away."""
+
     problems: list[RowProblem] = field(default_factory=list)
     num_truncated: int = 0
     """How many of `examples` have a completion that was cut at max_length."""
 
 
 def tokenize_examples(
-    examples: Iterable[Example],
+    examples: Sequence[Example],
     tokenizer: Any,
     max_length: int,
     truncation: Literal["truncate", "drop", "error"] = "truncate",
     first_index: int = 0,
     advance: Callable[[int], None] = lambda examples: None,
 ) -> TokenizedData:
-    """Examples as token ids, numbered from `first_index`; calls `advance(1)` after each.
+    """Examples as token ids, numbered from `first_index`; calls `advance(1)` for each.
+
+    They go through the tokenizer all at once, which is faster than one by one; some hundred at a time suffice.
 
     A sequence (prompt and completion) has at most `max_length` tokens. Where a completion reaches beyond, `truncate`
     cuts all completions of the prompt at the same place, `drop` leaves the example out and `error` stops. A prompt is
@@ -72,30 +81,29 @@ def tokenize_examples(
         UserError: the rows are messages and the tokenizer has no chat template; or an example is too long and
             `truncation` is "error".
     """
-    data = TokenizedData()
-    with _time_limit(TEMPLATE_SECONDS) as begin:
-        for index, example in enumerate(examples, start=first_index):
-            begin(example)
-            advance(1)
-            try:
-                prompt_ids, completion_ids = encode(tokenizer, example.prompt, example.completions, example.finished)
-            except RenderError as error:
-                data.problems.append(RowProblem(error.code, example.source, str(error)))
-                continue
-            room, length = max_length - len(prompt_ids), max(map(len, completion_ids))
-            problem = _misfit(example, len(prompt_ids), length, max_length, truncation)
-            if problem is not None:
-                data.problems.append(problem)
-                continue
-            completion_ids = [ids[:room] for ids in completion_ids]
-            if len(set(map(tuple, completion_ids))) < len(completion_ids):
-                message = f"completions are the same tokens within max_length {max_length}; raise it, or drop the row"
-                data.problems.append(RowProblem("T05", example.source, message))
-                continue
-            data.num_truncated += length > room
-            data.examples.append(_tokenized(example, prompt_ids, completion_ids, index))
-            data.texts[index] = example
-    return data
+    made: list[TokenizedExample] = []
+    texts: dict[int, Example] = {}
+    problems: list[RowProblem] = []
+    num_truncated = 0
+    for index, (example, ids) in enumerate(_encoded(examples, tokenizer, advance), start=first_index):
+        if isinstance(ids, RenderError):
+            problems.append(RowProblem(ids.code, example.source, str(ids)))
+            continue
+        prompt_ids, completion_ids = ids
+        room, length = max_length - len(prompt_ids), max(map(len, completion_ids))
+        problem = _misfit(example, len(prompt_ids), length, max_length, truncation)
+        if problem is not None:
+            problems.append(problem)
+            continue
+        completion_ids = [ids[:room] for ids in completion_ids]
+        if len(set(map(tuple, completion_ids))) < len(completion_ids):
+            message = f"completions are the same tokens within max_length {max_length}; raise it, or drop the row"
+            problems.append(RowProblem("T05", example.source, message))
+            continue
+        num_truncated += length > room
+        made.append(_tokenized(example, prompt_ids, completion_ids, index))
+        texts[index] = example
+    return TokenizedData(made, texts, problems, num_truncated)
 
 
 def _misfit(example: Example, prompt: int, length: int, max_length: int, truncation: str) -> RowProblem | None:
@@ -146,19 +154,76 @@ def encode(
         RenderError: the template refuses the messages, or does not render the prompt as the beginning of the
             conversation, or an unfinished completion as it stands.
     """
+    return _encode_rendered(tokenizer, [_render_row(tokenizer, prompt, completions, finished)])[0]
+
+
+@dataclass(frozen=True)
+class _RenderedRow:
+    """A prompt and its completions as the model sees them, before they are tokens."""
+
+    is_plain: bool
+    prompt: str
+    completions: Sequence[str]
+    finished: Sequence[bool]
+
+
+def _render_row(tokenizer: Any, prompt: Text, completions: Sequence[Text], finished: Finished) -> _RenderedRow:
     flags = finished or (True,) * len(completions)
-    prompt_text, completion_texts = render(tokenizer, prompt, completions, flags)
-    is_plain = isinstance(prompt, str)
-    prompt_ids = tokenizer(prompt_text, add_special_tokens=is_plain).input_ids
-    if is_plain and prompt_ids and prompt_ids[-1] == tokenizer.eos_token_id != tokenizer.bos_token_id:
-        prompt_ids = prompt_ids[:-1]  # some tokenizers end every text, and the prompt goes on
-    if not prompt_ids:  # the first completion token needs something before it
-        start = tokenizer.bos_token_id if tokenizer.bos_token_id is not None else tokenizer.eos_token_id
-        prompt_ids = [start]
-    completion_ids = [tokenizer(text, add_special_tokens=False).input_ids for text in completion_texts]
-    return prompt_ids, [
-        _ended(tokenizer, ids) if is_finished else ids for ids, is_finished in zip(completion_ids, flags, strict=True)
+    return _RenderedRow(isinstance(prompt, str), *render(tokenizer, prompt, completions, flags), flags)
+
+
+def _encoded(
+    examples: Sequence[Example], tokenizer: Any, advance: Callable[[int], None]
+) -> Iterator[tuple[Example, tuple[list[int], list[list[int]]] | RenderError]]:
+    """Each example with the ids of its prompt and completions, or with what keeps it from being rendered."""
+    rendered: list[_RenderedRow | RenderError] = []
+    with _time_limit(TEMPLATE_SECONDS) as begin:
+        for example in examples:
+            begin(example)
+            advance(1)
+            try:
+                rendered.append(_render_row(tokenizer, example.prompt, example.completions, example.finished))
+            except RenderError as error:
+                rendered.append(error)
+    encoded = iter(_encode_rendered(tokenizer, [row for row in rendered if isinstance(row, _RenderedRow)]))
+    for example, row in zip(examples, rendered, strict=True):
+        yield example, row if isinstance(row, RenderError) else next(encoded)
+
+
+def _encode_rendered(tokenizer: Any, rows: Sequence[_RenderedRow]) -> list[tuple[list[int], list[list[int]]]]:
+    """Token ids of prompt and completions of each row."""
+    prompts = {
+        is_plain: iter(_token_ids(tokenizer, [row.prompt for row in rows if row.is_plain is is_plain], is_plain))
+        for is_plain in (True, False)
+    }
+    completions = iter(_token_ids(tokenizer, [text for row in rows for text in row.completions], False))
+    # A turn's end need not be among the tokenizer's named tokens (Llama 3: <|eot_id|>).
+    special = {*tokenizer.all_special_ids, *(i for i, token in tokenizer.added_tokens_decoder.items() if token.special)}
+    return [
+        (
+            _begun(tokenizer, next(prompts[row.is_plain]), row.is_plain),
+            [
+                _ended(tokenizer, ids, special) if is_finished else ids
+                for ids, is_finished in zip(islice(completions, len(row.completions)), row.finished, strict=True)
+            ],
+        )
+        for row in rows
     ]
+
+
+def _token_ids(tokenizer: Any, texts: list[str], add_special_tokens: bool) -> list[list[int]]:
+    if not texts:
+        return []
+    return tokenizer(texts, add_special_tokens=add_special_tokens, return_attention_mask=False).input_ids
+
+
+def _begun(tokenizer: Any, ids: list[int], is_plain: bool) -> list[int]:
+    """A prompt's ids without an end, and never empty."""
+    if is_plain and ids and ids[-1] == tokenizer.eos_token_id != tokenizer.bos_token_id:
+        ids = ids[:-1]  # some tokenizers end every text, and the prompt goes on
+    if not ids:  # the first completion token needs something before it
+        ids = [tokenizer.bos_token_id if tokenizer.bos_token_id is not None else tokenizer.eos_token_id]
+    return ids
 
 
 class RenderError(Exception):
@@ -256,14 +321,12 @@ def _time_limit(seconds: float) -> Iterator[Callable[[Example], None]]:
         signal.signal(signal.SIGALRM, handler or signal.SIG_DFL)
 
 
-def _ended(tokenizer: Any, ids: list[int]) -> list[int]:
-    """A completion's ids with exactly one end token at their end.
+def _ended(tokenizer: Any, ids: list[int], special: Collection[int]) -> list[int]:
+    """A completion's ids with exactly one end token, which is one of the `special` ones, at their end.
 
     A template ends the turn itself and often adds a line break behind, which no model ever has to produce; plain text
     has no end yet.
     """
-    # A turn's end need not be among the tokenizer's named tokens (Llama 3: <|eot_id|>).
-    special = {*tokenizer.all_special_ids, *(i for i, token in tokenizer.added_tokens_decoder.items() if token.special)}
     end = len(ids)
     while end and ids[end - 1] not in special and not tokenizer.decode(ids[end - 1]).strip():
         end -= 1

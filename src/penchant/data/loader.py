@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import dataclasses
+import hashlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
 
+from penchant.data.flat import LazyExamples, Reordered
 from penchant.examples import TokenizedExample
 
 
@@ -39,19 +41,37 @@ def draws(
     """
     per_epoch = steps_per_epoch(len(examples), batch_size)
     step, drawn_epoch = start_step, -1
-    others: list[TokenizedExample] = []
+    ordered: Sequence[TokenizedExample] = ()
+    others: Sequence[TokenizedExample] = ()
     while True:
         epoch, place = divmod(step, per_epoch)
         if epoch != drawn_epoch:
-            ordered = [examples[i] for i in epoch_order(len(examples), seed, epoch)]
-            others = mismatched(ordered, mismatch_within) if mismatch_within is not None else []
+            ordered = Reordered(examples, epoch_order(len(examples), seed, epoch))
+            others = mismatched(ordered, mismatch_within) if mismatch_within is not None else ()
             drawn_epoch = epoch
         part = slice(place * batch_size, (place + 1) * batch_size)
-        yield Draw(ordered[part], others[part])
+        yield Draw([*ordered[part]], [*others[part]])
         step += 1
 
 
-def mismatched(examples: Sequence[TokenizedExample], max_length: int) -> list[TokenizedExample]:
+@dataclass(frozen=True)
+class Mismatched(LazyExamples):
+    """The prompt of each example with the completions of another one, its partner."""
+
+    examples: Sequence[TokenizedExample]
+    partners: Sequence[int]
+    max_length: int
+
+    def __len__(self) -> int:
+        return len(self.partners)
+
+    def at(self, place: int) -> TokenizedExample:
+        example, partner = self.examples[place], self.examples[self.partners[place]]
+        room = self.max_length - len(example.prompt_ids)
+        return dataclasses.replace(example, completion_ids=tuple(ids[:room] for ids in partner.completion_ids))
+
+
+def mismatched(examples: Sequence[TokenizedExample], max_length: int) -> Mismatched:
     """Each prompt with the completions of the next example (of the first, behind the last) that has another prompt.
 
     What KTO estimates the KL divergence from. The examples come in shuffled order, so that partners are drawn anew in
@@ -60,7 +80,7 @@ def mismatched(examples: Sequence[TokenizedExample], max_length: int) -> list[To
     Raises:
         ValueError: all prompts are the same.
     """
-    prompts = [tuple(example.prompt_ids) for example in examples]
+    prompts = [_digest(example.prompt_ids) for example in examples]
     if len(set(prompts)) < 2:
         raise ValueError("completions of other prompts are needed, and there is one prompt only")
     number = len(examples)
@@ -71,15 +91,12 @@ def mismatched(examples: Sequence[TokenizedExample], max_length: int) -> list[To
         if prompts[here] != prompts[after]:
             following = after
         partners[here] = following
-    return [
-        dataclasses.replace(
-            example,
-            completion_ids=tuple(
-                ids[: max_length - len(example.prompt_ids)] for ids in examples[partner].completion_ids
-            ),
-        )
-        for example, partner in zip(examples, partners, strict=True)
-    ]
+    return Mismatched(examples, partners, max_length)
+
+
+def _digest(ids: Sequence[int]) -> bytes:
+    """What is equal for equal ids, and smaller: those of all prompts are held at once."""
+    return hashlib.blake2b(np.asarray(ids, np.int64).tobytes(), digest_size=16).digest()
 
 
 def steps_per_epoch(num_examples: int, batch_size: int) -> int:

@@ -7,7 +7,15 @@ import json
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
+
+from penchant.models.attention import IMPLEMENTATION
+
+_NO_NUMBERS = {
+    *("_name_or_path", "transformers_version", "architectures", "dtype", "torch_dtype", "use_cache", "return_dict"),
+    *("output_hidden_states", "output_attentions", "id2label", "label2id", "problem_type"),
+}
+"""Keys of a model's config that change none of its numbers; the weights tell their own type."""
 
 
 def weights_sha256(model: nn.Module) -> str:
@@ -17,6 +25,32 @@ def weights_sha256(model: nn.Module) -> str:
         digest.update(name.encode())
         digest.update(parameter.detach().to("cpu", torch.float32).contiguous().numpy().tobytes())
     return digest.hexdigest()
+
+
+def architecture_sha256(model: nn.Module) -> str | None:
+    """Hash of all that a model's log-probabilities depend on beside its weights, or None where not all can be seen.
+
+    That is the release of transformers, the config but for names, paths and flags, the classes of all modules and the
+    numbers that they hold, the buffers (rotary frequencies), and the types of the weights. What runs code of others'
+    (also by hooks, or by an adapter) or computes in float64 cannot be seen: log-probabilities are kept as float32.
+    """
+    import transformers
+
+    config: Any = getattr(model, "config", None)
+    attention = getattr(config, "_attn_implementation", None)
+    if attention in (None, IMPLEMENTATION):  # ours hides which one it stands for
+        return None
+    if not all(map(_is_plain, model.modules())) or any(p.dtype == torch.float64 for p in model.parameters()):
+        return None
+    parts = {
+        "transformers": transformers.__version__,
+        "config": _numbers_of(json.loads(config.to_json_string(use_diff=False))),
+        "attention": attention,
+        "modules": [(name, str(type(module)), _own_numbers(module)) for name, module in model.named_modules()],
+        "buffers": {name: _content_sha256(buffer) for name, buffer in model.named_buffers()},
+        "weights": {name: (str(weight.dtype), weight.shape) for name, weight in model.named_parameters()},
+    }
+    return _json_sha256(parts)
 
 
 def tokenizer_sha256(tokenizer: Any) -> str:
@@ -44,6 +78,30 @@ def template_sha256(tokenizer: Any) -> str | None:
     if isinstance(template, str):
         return hashlib.sha256(template.encode("utf-8", errors="surrogatepass")).hexdigest()
     return _json_sha256(template)  # several templates by name
+
+
+def _is_plain(module: nn.Module) -> bool:
+    """Whether a module runs the code of transformers or torch and no other."""
+    is_theirs = type(module).__module__.partition(".")[0] in ("torch", "transformers")
+    return is_theirs and not (module._forward_hooks or module._forward_pre_hooks or "forward" in vars(module))
+
+
+def _numbers_of(settings: Any) -> Any:
+    """Settings without the keys that change no number, also within the parts of a config."""
+    if not isinstance(settings, dict):
+        return settings
+    return {name: _numbers_of(value) for name, value in settings.items() if name not in _NO_NUMBERS}
+
+
+def _own_numbers(module: nn.Module) -> dict[str, int | float]:
+    """The numbers that a module keeps as attributes: epsilons, scales, windows."""
+    return {name: value for name, value in vars(module).items() if type(value) in (int, float)}
+
+
+def _content_sha256(tensor: Tensor) -> str:
+    exact = tensor.detach().cpu()
+    exact = exact.double() if exact.is_floating_point() else exact  # numpy knows no bfloat16
+    return hashlib.sha256(f"{tensor.dtype} {tuple(tensor.shape)}".encode() + exact.numpy().tobytes()).hexdigest()
 
 
 def _json_sha256(value: Any) -> str:

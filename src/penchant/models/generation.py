@@ -22,7 +22,7 @@ from torch import Tensor, nn
 
 from penchant import stopping
 from penchant.errors import UserError
-from penchant.models.attention import attending_in_rows
+from penchant.models.attention import attending
 from penchant.models.logps import evaluation_mode
 
 Ids = Sequence[int]
@@ -199,7 +199,7 @@ def _next_tokens(
 def _sharing_prompts(model: Any, samples: list[_Sample], sampling: Sampling, advance: _Advance) -> None:
     groups = _by_prompt(samples)
     stepper = _Stepper(model, [group[0].prompt for group in groups])
-    with attending_in_rows(model):
+    with attending(model):
         logits = stepper.step([group[0].prompt[-1] for group in groups])
         rows = [number for number, group in enumerate(groups) for _ in group]
         stepper.select(rows)
@@ -269,7 +269,7 @@ def _calling_again(model: Any, samples: list[_Sample], sampling: Sampling, advan
 class _Stepper:
     """A model behind prompts, ascending in length, of which all but the last token is computed; a row for each.
 
-    Steps are taken within `attending_in_rows`; the prompts are computed with the model's own attention.
+    Steps are taken within `attending`; the prompts are computed with the model's own attention.
     """
 
     def __init__(self, model: Any, prompts: Sequence[Ids]) -> None:
@@ -337,7 +337,7 @@ def _agrees(model: Any) -> bool:
                 model(input_ids=torch.tensor([each], device=stepper.device), use_cache=False).logits[:, -1]
                 for each in sequences
             ]
-        with attending_in_rows(model) as attends:
+        with attending(model) as attends:
             if not attends:
                 return False
             for rows, tokens in steps:

@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 
 from penchant.data.loader import microbatches
 from penchant.errors import UserError
-from penchant.layouts import padded, prefix_shared
-from penchant.models.attention import use_shared_rows
+from penchant.layouts import packed, padded, prefix_shared
+from penchant.models.attention import use_attend
 from penchant.scoring.policy import Policy
 from penchant.types import Batch, TokenizedExample
 
@@ -37,6 +37,7 @@ class Layout:
 
 
 PADDED = Layout("padded", padded.collate, padded.cost, "padded: a row a sequence, filled up")
+PACKED = Layout("packed", packed.collate, packed.cost, "packed: sequences one behind the other, nothing filled up")
 PREFIX_SHARED = Layout(
     "prefix_shared",
     prefix_shared.collate,
@@ -46,23 +47,27 @@ PREFIX_SHARED = Layout(
 
 
 def choose_layout(policy: Policy, wanted: str, examples: Sequence[TokenizedExample]) -> Layout:
-    """`wanted` is padded, prefix_shared or auto (prefix_shared where it is exact); some real examples are tried.
+    """`wanted` is a layout's name or auto: prefix_shared where it is exact, else padded; some real examples are tried.
+
+    What keeps prompts from being shared (a state that is carried from token to token, attention code of a model's own)
+    keeps sequences from being packed, too.
 
     Raises:
-        UserError: prefix_shared was asked for and is not exact for this model.
+        UserError: what was asked for is not exact for this model.
     """
     if wanted == "padded":
         return PADDED
-    trouble = trouble_with_sharing(policy, examples)
+    layout = PACKED if wanted == "packed" else PREFIX_SHARED
+    trouble = trouble_with(layout, policy, examples)
     if trouble is None:
-        return PREFIX_SHARED
-    if wanted == "prefix_shared":
-        raise UserError(f"layout: prefix_shared cannot be used with this model: {trouble}; set layout: padded.")
-    return Layout("padded", padded.collate, padded.cost, f"{PADDED.reason} (prefixes not shared: {trouble})")
+        return layout
+    if wanted != "auto":
+        raise UserError(f"layout: {layout.name} cannot be used with this model: {trouble}; set layout: padded.")
+    return replace(PADDED, reason=f"{PADDED.reason} (prefixes not shared: {trouble})")
 
 
-def trouble_with_sharing(policy: Policy, examples: Sequence[TokenizedExample]) -> str | None:
-    """Makes the model attend in shared rows and holds it against padded rows; None where both agree.
+def trouble_with(layout: Layout, policy: Policy, examples: Sequence[TokenizedExample]) -> str | None:
+    """Makes the model attend in segments and holds the layout against padded rows; None where both agree.
 
     Layers that carry a state from token to token (convolutions, linear attention, state spaces) let one completion see
     the other, and nothing but numbers shows it. Where they disagree the model is left attending as before.
@@ -81,11 +86,11 @@ def trouble_with_sharing(policy: Policy, examples: Sequence[TokenizedExample]) -
         for example in examples[:3]
     ]
     expected, expected_gradient = _scores(policy, padded.collate(tried))
-    if not use_shared_rows(model):
+    if not use_attend(model):
         model.set_attn_implementation(before)  # type: ignore[operator]
         return "its attention cannot be exchanged"
     try:
-        found, gradient = _scores(policy, prefix_shared.collate(tried))
+        found, gradient = _scores(policy, layout.collate(tried))
     except (RuntimeError, TypeError, ValueError) as error:
         model.set_attn_implementation(before)  # type: ignore[operator]
         return f"its attention does not fit ({str(error).splitlines()[0]})"

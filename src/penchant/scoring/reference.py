@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import copy
 import hashlib
+import time
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
@@ -17,9 +18,14 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
+from penchant.errors import UserError
 from penchant.models.adapters import adapter_off
+from penchant.scoring.logps_store import LogpsStore
 from penchant.scoring.policy import Policy
 from penchant.types import Batch, TokenizedExample
+
+_SECONDS_BETWEEN_WRITES = 2.0
+"""What a kill may cost; each write waits for the disk."""
 
 
 class Reference(ABC):
@@ -92,57 +98,93 @@ class AdapterOff(Reference):
 class LogpsCache:
     """Log-probabilities of completions under one model, by their content: the ids of prompt and completion.
 
-    Kept in host memory, 4 bytes a token. Neither loss nor order nor batch matter, so runs of one model share it.
+    Neither loss nor order nor batch matter, so runs of one model share it. Kept in host memory, 4 bytes a token; with
+    a `store` on the disk, from where each batch reads what it needs.
     """
 
-    def __init__(self) -> None:
-        self._logps: dict[bytes, Tensor] = {}
+    def __init__(self, store: LogpsStore | None = None) -> None:
+        self._store = store
+        self._logps: dict[bytes, Tensor] = {}  # with a store: what it has not taken
+
+    def new_troubles(self) -> list[str]:
+        """What went wrong with the store since this was asked last, in sentences for people."""
+        if self._store is None:
+            return []
+        troubles, self._store.troubles = self._store.troubles, []
+        return troubles
 
     def missing(self, examples: Iterable[TokenizedExample]) -> list[TokenizedExample]:
         """Those of which a completion is not there yet, each content once."""
-        found: dict[tuple[bytes, ...], TokenizedExample] = {}
-        for example in examples:
-            keys = tuple(_keys(example))
-            if any(key not in self._logps for key in keys):
-                found.setdefault(keys, example)
-        return list(found.values())
+        wanted = _by_keys(examples)
+        known = self._read([key for keys in wanted for key in keys]).keys()
+        return [example for keys, example in wanted.items() if not known >= set(keys)]
 
     @torch.no_grad()
     def fill(self, source: Policy, batches: Iterable[Batch], advance: Callable[[int], None]) -> None:
         """Scores the examples of `batches` with `source` as it stands; calls `advance(examples)` as it goes."""
-        for batch in batches:
-            sequences = iter(source.token_logps(batch).logps.cpu().split(batch.lengths.tolist()))
-            for example in batch.examples:
-                self._logps.update(zip(_keys(example), sequences, strict=False))
-            advance(len(batch.examples))
+        written_at = time.monotonic()
+        try:
+            for batch in batches:
+                sequences = iter(source.token_logps(batch).logps.cpu().split(batch.lengths.tolist()))
+                for example in batch.examples:
+                    self._logps.update(zip(_keys(example), sequences, strict=False))
+                if time.monotonic() - written_at >= _SECONDS_BETWEEN_WRITES:
+                    self._write()
+                    written_at = time.monotonic()
+                advance(len(batch.examples))
+        finally:
+            self._write()
 
     def lookup(self, batch: Batch) -> Float[Tensor, " M"]:
         """The log-probabilities of a batch's scored tokens; nan for those of prompts, which no reference is asked for.
 
         Raises:
             KeyError: a completion was never scored.
+            UserError: the store has lost one since.
         """
+        keys = [list(_keys(example)) for example in batch.examples]
+        logps = self._read([key for own in keys for key in own])
         pieces = []
-        for example in batch.examples:
-            pieces += [self._logps[key] for key in _keys(example)]
-            if batch.with_prompts:
-                pieces.append(torch.full((len(example.prompt_ids) - 1,), torch.nan))
+        try:
+            for own, example in zip(keys, batch.examples, strict=True):
+                pieces += [logps[key] for key in own]
+                if batch.with_prompts:
+                    pieces.append(torch.full((len(example.prompt_ids) - 1,), torch.nan))
+        except KeyError:
+            if self._store is None:
+                raise
+            why = self.new_troubles() or [f"reference.cache: '{self._store.path}' has lost numbers that the run needs"]
+            raise UserError(f"{why[-1]}. `penchant resume` goes on, and computes first what is missing.") from None
         return torch.cat(pieces).to(batch.target_ids.device)
 
     def flat(self, examples: Iterable[TokenizedExample]) -> Float[Tensor, " M"]:
         """The log-probabilities of all completions of these examples, one behind the other."""
-        pieces = [self._logps[key] for example in examples for key in _keys(example)]
-        return torch.cat(pieces) if pieces else torch.zeros(0)
+        keys = [key for example in examples for key in _keys(example)]
+        logps = self._read(keys)
+        return torch.cat([logps[key] for key in keys]) if keys else torch.zeros(0)
 
     def put(self, examples: Sequence[TokenizedExample], logps: Float[Tensor, " M"]) -> None:
         """Takes in what `flat` gave for the same examples."""
         keys = [key for example in examples for key in _keys(example)]
         lengths = [len(ids) for example in examples for ids in example.completion_ids]
         self._logps.update(zip(keys, logps.split(lengths), strict=True))
+        self._write()
 
     def clear(self) -> None:
-        """Forgets everything: the model that made it is no longer the one that is meant."""
+        """Forgets what is in memory: the model that made it is no longer the one that is meant."""
         self._logps.clear()
+
+    def _read(self, keys: Sequence[bytes]) -> dict[bytes, Tensor]:
+        """Those of these keys that are there."""
+        found = {key: self._logps[key] for key in keys if key in self._logps}
+        if self._store is not None and len(found) < len(keys):
+            found |= self._store.read(key for key in keys if key not in found)
+        return found
+
+    def _write(self) -> None:
+        """Hands what is in memory to the store; what that cannot take stays."""
+        if self._store is not None and self._logps and self._store.add(self._logps):
+            self._logps.clear()
 
 
 class Precomputed(Reference):
@@ -173,6 +215,19 @@ def mean_kl(policy: Policy, reference: Reference | None, batches: Sequence[Batch
         for batch, ref in zip(batches, reference.token_logps(batches), strict=True)
     ]
     return torch.cat(ratios).mean().clamp(min=0)
+
+
+def distinct(examples: Iterable[TokenizedExample]) -> list[TokenizedExample]:
+    """Each content once: what else examples of the same ids carry does not change their log-probabilities."""
+    return list(_by_keys(examples).values())
+
+
+def _by_keys(examples: Iterable[TokenizedExample]) -> dict[tuple[bytes, ...], TokenizedExample]:
+    """The first example of each content."""
+    found: dict[tuple[bytes, ...], TokenizedExample] = {}
+    for example in examples:
+        found.setdefault(tuple(_keys(example)), example)
+    return found
 
 
 def _keys(example: TokenizedExample) -> Iterator[bytes]:

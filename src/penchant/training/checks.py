@@ -7,6 +7,7 @@ from typing import Any
 
 from penchant.config import RunConfig
 from penchant.data.chat import TokenizedData
+from penchant.data.flat import flattened
 from penchant.data.formats import ExampleData, RowProblem
 from penchant.doctor.findings import CODES, DOCTOR_CHECKS, Finding, worst_first
 from penchant.doctor.scan import DataScan
@@ -92,7 +93,7 @@ def _leave_out(names: Sequence[str], scan: DataScan, tokenized: TokenizedData) -
         for place in scan.flagged(name):
             reasons.setdefault(place, name)
     for place, name in sorted(reasons.items()):
-        source = tokenized.texts.pop(tokenized.examples[place].index).source
+        source = tokenized.texts[tokenized.examples[place].index].source
         tokenized.problems.append(RowProblem(CODES[name], source, f"left out, for drop names {name}"))
     tokenized.num_truncated -= len({*scan.flagged("truncated")} & {*reasons})
-    tokenized.examples = [tokens for place, tokens in enumerate(tokenized.examples) if place not in reasons]
+    tokenized.examples = flattened(tokenized.examples).without(reasons)

@@ -4,15 +4,17 @@ from __future__ import annotations
 
 import hashlib
 from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 
 from penchant.config import RunConfig
-from penchant.data.chat import TOKEN_CHECKS, TokenizedData, tokenize_examples
+from penchant.data.chat import TOKEN_CHECKS, Split, TokenizedData, tokenize_examples
 from penchant.data.filters import FILTER_CHECKS, filter_by_margin
+from penchant.data.flat import UNJUDGED, FlatExamples, flat_columns, flattened, in_parts
 from penchant.data.formats import CHECKS, ExampleData, RowProblem, examples_from_rows, read_examples
 from penchant.data.prompts import PromptData
 from penchant.data.units import UNIT_CHECKS, Unit, as_unit
@@ -33,16 +35,50 @@ Rows = str | Iterable[Mapping[str, Any]]
 
 
 @dataclass(frozen=True)
+class ReadRows:
+    """Training and held-out examples as texts, in the unit of the loss."""
+
+    train: ExampleData
+    heldout: ExampleData
+    has_messages: bool
+    """Whether a prompt is messages, which only a chat template makes a text of."""
+
+
+@dataclass(frozen=True)
 class Datasets:
     """Training and held-out examples of a run; `findings` is the account of both, as `data.json` keeps it."""
 
-    train: TokenizedData
-    heldout: TokenizedData
+    train: Split
+    heldout: Split
     findings: dict[str, Any]
+    has_messages: bool = False
+    """Whether a prompt was messages."""
 
 
-def read_data(data: Rows, name: str, family: str | None = None) -> ExampleData:
-    """The examples of a file, or of rows in memory, of one row family or of whatever is recognised."""
+def read_rows(config: RunConfig, loss: Loss, data: Rows | None = None, eval_data: Rows | None = None) -> ReadRows:
+    """The rows that a run file names, or those in memory, split into training and held-out ones and fit to the loss.
+
+    Raises:
+        UserError: too many rows cannot be used, none is left, or an option or the loss asks for what they do not have.
+    """
+    rows = _read(data if data is not None else config.data, "data", config.data_family)
+    refuse_bad_rows(config, rows)
+    given = eval_data if eval_data is not None else config.eval_data
+    heldout = None
+    if given is not None:
+        heldout = _read(given, "eval_data", config.data_family)
+        refuse_bad_rows(config, heldout)
+    refuse_idle_data_options(config, loss, [*rows.examples, *(heldout.examples if heldout else [])])
+    has_messages = any(not isinstance(example.prompt, str) for example in rows.examples)
+    train, heldout = (rows, heldout) if heldout is not None else _split_by_prompt(rows, config.eval_size, config.seed)
+    return ReadRows(
+        fit_to_loss(config, loss, train, is_heldout=False),
+        fit_to_loss(config, loss, heldout, is_heldout=True),
+        has_messages,
+    )
+
+
+def _read(data: Rows, name: str, family: str | None) -> ExampleData:
     return read_examples(data, family) if isinstance(data, str) else examples_from_rows(data, name, family)
 
 
@@ -55,13 +91,6 @@ def refuse_bad_rows(config: RunConfig, data: ExampleData) -> None:
     refuse_rows(config, data.problems, data.num_rows)
     if not data.examples:
         raise UserError("data: no usable row is left.\n" + _examples(data.problems))
-
-
-def split_heldout(
-    config: RunConfig, train: ExampleData, heldout: ExampleData | None
-) -> tuple[ExampleData, ExampleData]:
-    """Training and held-out examples; without a held-out file some prompts are split off."""
-    return (train, heldout) if heldout is not None else _split_by_prompt(train, config.eval_size, config.seed)
 
 
 def unit_for(loss: Loss, examples: Sequence[Example]) -> Unit:
@@ -119,23 +148,18 @@ def refuse_idle_data_options(config: RunConfig, loss: Loss, examples: Sequence[E
         raise UserError(f"pairs_from_rankings: has no effect: {why}.")
 
 
-def tokenize_datasets(
-    config: RunConfig, loss: Loss, train: ExampleData, heldout: ExampleData, tokenizer: Any, log: RunLog
-) -> Datasets:
+def tokenize_datasets(config: RunConfig, loss: Loss, rows: ReadRows, tokenizer: Any, log: RunLog) -> Datasets:
     """Tokenised training and held-out examples, examined by the data doctor; those that `drop` names are left out.
 
     Raises:
         UserError: too many rows cannot be used, none is left, or the doctor advises against the run.
     """
+    train, heldout = rows.train, rows.heldout
     tokenized = []
     first_index = 0
     for data in (train, heldout):
         with log.progress("tokenizing", len(data.examples)) as meter:
-            tokenized.append(
-                tokenize_examples(
-                    data.examples, tokenizer, config.max_length, config.truncation, first_index, meter.advance
-                )
-            )
+            tokenized.append(_tokenized(config, data.examples, tokenizer, first_index, meter.advance))
         first_index += len(data.examples)
         refuse_rows(config, [*data.problems, *tokenized[-1].problems], data.num_rows)
     checks = examine(config, loss, (train, heldout), (tokenized[0], tokenized[1]), tokenizer)
@@ -152,7 +176,24 @@ def tokenize_datasets(
             else None
         ),
     }
-    return Datasets(tokenized[0], tokenized[1], findings)
+    return Datasets(tokenized[0], tokenized[1], findings, rows.has_messages)
+
+
+def _tokenized(
+    config: RunConfig, examples: Sequence[Example], tokenizer: Any, first_index: int, advance: Callable[[int], None]
+) -> TokenizedData:
+    """Some examples at a time as token ids, which soon take a few bytes each instead of an object of Python's."""
+    columns, num_truncated = [], 0
+    texts: dict[int, Example] = {}
+    problems: list[RowProblem] = []
+    for part in in_parts(examples):
+        made = tokenize_examples(part, tokenizer, config.max_length, config.truncation, first_index, advance)
+        first_index += len(part)
+        columns.append(flat_columns(made.examples))
+        texts.update(made.texts)
+        problems += made.problems
+        num_truncated += made.num_truncated
+    return TokenizedData(FlatExamples.joined(columns), texts, problems, num_truncated)
 
 
 def fingerprint(examples: Iterable[TokenizedExample]) -> str:
@@ -204,23 +245,19 @@ def _split_by_prompt(data: ExampleData, size: float, seed: int) -> tuple[Example
 
 
 def _findings(path: Any, data: ExampleData, tokenized: TokenizedData, checks: list[Finding]) -> dict[str, Any]:
-    problems = [*data.problems, *tokenized.problems]
-    examples = tokenized.examples
+    problems, examples = [*data.problems, *tokenized.problems], flattened(tokenized.examples)
     kinds = {Pair: "pair", Unpaired: "completion", Ranking: "ranking"}
-    unit = kinds[type(next(iter(tokenized.texts.values())))] if examples else "pair"
-    lengths = {"prompt": [len(example.prompt_ids) for example in examples]}
-    names = {"pair": ("chosen", "rejected"), "ranking": ("best", "worst")}
+    unit = kinds[type(tokenized.texts[examples[0].index])] if examples else "pair"
+    labels, first, last = examples.labels, examples.first_lengths, examples.last_lengths
+    lengths = {"prompt": examples.prompt_lengths}
     if unit == "completion":
-        for name, wanted in (("desirable", True), ("undesirable", False), ("completion", None)):
-            lengths[name] = [len(e.completion_ids[0]) for e in examples if e.is_desirable is wanted]
+        kinds_of_labels = {"desirable": True, "undesirable": False, "completion": UNJUDGED}
+        lengths |= {name: first[labels == label] for name, label in kinds_of_labels.items()}
+    elif unit == "pair":
+        lengths |= {"chosen": first, "rejected": last}
     else:
-        for name, place in zip(names[unit], (0, -1), strict=True):
-            lengths[name] = [len(example.completion_ids[place]) for example in examples]
-    longer = [
-        np.sign(len(e.completion_ids[0]) - len(e.completion_ids[-1])) / 2 + 0.5
-        for e in examples
-        if unit != "completion"
-    ]
+        lengths |= {"best": first, "worst": last}
+    longer = np.sign(first - last) / 2 + 0.5 if unit != "completion" else []
     return {
         "path": path if isinstance(path, str) else "rows in memory",
         "unit": unit,
@@ -231,10 +268,10 @@ def _findings(path: Any, data: ExampleData, tokenized: TokenizedData, checks: li
         "dropped": _counted(problems),
         "examples": [str(problem) for problem in problems[:20]],
         "checks": [found.as_dict() for found in checks],
-        "lengths": {name: _length_figures(values) for name, values in lengths.items() if values},
-        "desirable": sum(e.is_desirable is True for e in examples) if unit == "completion" else None,
-        "longer_wins": float(np.mean(longer)) if longer else None,
-        "most_completions": max(map(len, (example.completion_ids for example in examples)), default=0),
+        "lengths": {name: _length_figures(values) for name, values in lengths.items() if len(values)},
+        "desirable": int(np.sum(labels == 1)) if unit == "completion" else None,
+        "longer_wins": float(np.mean(longer)) if len(longer) else None,
+        "most_completions": examples.most_completions,
         "sha256": fingerprint(examples),
         "columns_sha256": columns_fingerprint(examples),
     }
@@ -268,7 +305,7 @@ def _counted(problems: Iterable[RowProblem]) -> dict[str, int]:
     return dict(Counter(f"{problem.code}: {_REASONS[problem.code]}" for problem in problems))
 
 
-def _length_figures(values: Sequence[int]) -> dict[str, float]:
+def _length_figures(values: Sequence[int] | NDArray[np.int64]) -> dict[str, float]:
     return {"mean": float(np.mean(values)), "median": float(np.median(values)), "max": int(np.max(values))}
 
 

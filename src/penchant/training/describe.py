@@ -8,7 +8,9 @@ from typing import Any
 
 from torch import nn
 
+from penchant.data.flat import has_column
 from penchant.models.logps import builds_full_logits
+from penchant.scoring.noise import margin_noise
 from penchant.training import hardware
 from penchant.training.checks import tell
 from penchant.training.datasets import COLUMNS
@@ -28,8 +30,7 @@ def describe(setup: Setup, log: RunLog) -> None:
     for example in findings["train"]["examples"][:3]:
         log.say("", example)
     for need, column in COLUMNS.items():
-        has_column = any(getattr(example, column) is not None for example in setup.datasets.train.examples)
-        if has_column and need not in setup.loss.needs:
+        if has_column(setup.datasets.train.examples, column) and need not in setup.loss.needs:
             words, reader = need.replace("_", " "), {"margins": "odpo", "win_probabilities": "sppo-soft"}[need]
             log.say("", f"the rows carry {words}, which {setup.loss.name} does not read ({reader} does)")
     nothing = "nothing: nobody will see whether what is learned carries over (eval_data, eval_size)"
@@ -46,6 +47,7 @@ def describe(setup: Setup, log: RunLog) -> None:
         log.event("warn", "slow-bf16", "dtype: this machine has no bf16 arithmetic; float32 is far faster here", 0)
     log.say("method", f"{config.method_name()}: {setup.loss}")
     log.say("layout", layout_sentence(setup))
+    _describe_noise(setup, log)
     cost = expected_cost(setup)
     examples, unit = min(config.batch_size, len(setup.datasets.train.examples)), findings["train"]["unit"]
     if isinstance(setup, OnlineSetup):
@@ -57,6 +59,16 @@ def describe(setup: Setup, log: RunLog) -> None:
         f"{expected_checkpoint_bytes(policy, config) / 1e9:.2g} GB every "
         + (count(config.save_steps, "step") if config.save_steps else f"{config.save_minutes:g} min"),
     )
+
+
+def _describe_noise(setup: Setup, log: RunLog) -> None:
+    """How much of a margin rounding makes up, under bf16."""
+    if setup.policy.precision == "float32":
+        return
+    noise = margin_noise(setup.policy, setup.layout, setup.datasets.train.examples)
+    if noise is not None:
+        what = "log-probabilities" if setup.datasets.findings["train"]["unit"] == "completion" else "margins"
+        log.say("arithmetic", f"bf16 products over float32 weights: {what} are good to about {noise:.2g} nats")
 
 
 def _describe_rounds(setup: OnlineSetup, log: RunLog) -> None:
@@ -98,7 +110,10 @@ def expected_cost(setup: Setup) -> Estimate:
     if "whole_batch" in setup.loss.needs and len(parts) > len(drawn):
         scored += learned  # the first of the two passes
     scored += setup.tokens_to_sample()
-    arithmetic = (setup.base_sha256, config.lora.rank, layout.name, setup.policy.precision, str(setup.policy.device))
+    arithmetic = (
+        *(setup.base_sha256, config.lora.rank, config.gradient_checkpointing),
+        *(layout.name, setup.policy.precision, str(setup.policy.device)),
+    )
     data = setup.datasets.findings["train"]["sha256"]
     speed = setup.shared.once(("speed", arithmetic, data), lambda: measure(setup.policy, layout, train_examples))
     has_copy = setup.reference_kind in ("copy", "model")

@@ -3,10 +3,15 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 
+from penchant.data.flat import num_tokens_of
+from penchant.models.gradient_checkpointing import num_checkpointed_layers
+from penchant.models.logps import evaluation_mode
 from penchant.scoring.layout import Layout
 from penchant.scoring.policy import Policy
 from penchant.training.hardware import peak_memory_bytes
@@ -16,10 +21,14 @@ from penchant.types import Batch, TokenizedExample
 
 @dataclass(frozen=True)
 class Speed:
-    """What one forward pass takes per token: seconds, and bytes kept for the backward pass."""
+    """What one forward pass takes, and what training holds at its peak."""
 
     seconds: float
+    """Of a forward pass, per token."""
     activation_bytes: float
+    """Held for the backward pass, per token."""
+    fixed_bytes: int = 0
+    """Held for it however many tokens there are: under bf16, copies of the weights."""
 
 
 @dataclass(frozen=True)
@@ -30,24 +39,14 @@ class Estimate:
     memory_bytes: int
 
 
-def measure(policy: Policy, layout: Layout, examples: list[TokenizedExample]) -> Speed:
-    """Runs one typical example forward."""
-    typical = sorted(examples, key=lambda example: example.num_tokens)[len(examples) // 2]
-    batch = layout.collate([typical]).to(policy.device)
+def measure(policy: Policy, layout: Layout, examples: Sequence[TokenizedExample]) -> Speed:
+    """Runs one typical example forward, and two of it."""
+    typical = examples[int(np.argsort(num_tokens_of(examples), kind="stable")[len(examples) // 2])]
+    one, two = (layout.collate([typical] * number).to(policy.device) for number in (1, 2))
+    policy.token_logps(one)  # the first pass pays for set-up
+    by_one, by_two = _held_bytes(policy, one), _held_bytes(policy, two)
     num_tokens = layout.cost([typical])
-    kept: dict[int, int] = {}
-
-    def count(tensor: torch.Tensor) -> torch.Tensor:
-        kept[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
-        return tensor
-
-    policy.token_logps(batch)  # the first pass pays for set-up
-    # Weights are kept for the backward pass too, but they take no further memory.
-    weights = {p.untyped_storage().data_ptr() for p in policy.model.parameters()}
-    with torch.autograd.graph.saved_tensors_hooks(count, lambda tensor: tensor):
-        policy.token_logps(batch)
-    activation_bytes = sum(size for pointer, size in kept.items() if pointer not in weights)
-    return Speed(_seconds(policy, batch) / num_tokens, activation_bytes / num_tokens)
+    return Speed(_seconds(policy, one) / num_tokens, (by_two - by_one) / num_tokens, 2 * by_one - by_two)
 
 
 def estimate_run(
@@ -68,12 +67,15 @@ def estimate_run(
     all_bytes = sum(p.nbytes for p in policy.model.parameters())
     trained_bytes = sum(p.nbytes for p in trainable_parameters(policy.model))
     backward = 2.0 if trained_bytes == all_bytes else 1.0 + trained_bytes / all_bytes  # frozen weights need no gradient
+    if num_checkpointed_layers(policy.model):
+        backward += 1.0  # the second forward pass
     return Estimate(
         seconds=speed.seconds * ((1 + backward) * tokens_to_learn + tokens_to_score),
         memory_bytes=round(
             peak_memory_bytes(policy.device)  # weights, libraries and the workspace of a forward pass
             + (all_bytes if has_reference_copy else 0)
             + 3 * trained_bytes  # gradient and two moments of AdamW
+            + speed.fixed_bytes
             + speed.activation_bytes * largest_microbatch
         ),
     )
@@ -89,3 +91,32 @@ def _seconds(policy: Policy, batch: Batch) -> float:
             torch.cuda.synchronize(policy.device)
         times.append(time.perf_counter() - started)
     return min(times)
+
+
+def _held_bytes(policy: Policy, batch: Batch) -> int:
+    """What is held for the backward pass at its peak.
+
+    With gradient checkpointing that is what is kept of all layers, and what one of them has just computed again.
+    """
+    model, num_layers = policy.model, num_checkpointed_layers(policy.model)
+    with evaluation_mode(model):  # behind it the model is in the mode it was in
+        everything = _kept_bytes(policy, batch)
+        if not num_layers:
+            return everything
+        model.train()
+        kept = _kept_bytes(policy, batch)
+    return kept + (everything - kept) // num_layers
+
+
+def _kept_bytes(policy: Policy, batch: Batch) -> int:
+    """What one forward pass keeps for the backward pass. The weights that it keeps too take no further memory."""
+    kept: dict[int, int] = {}
+
+    def count(tensor: torch.Tensor) -> torch.Tensor:
+        kept[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(count, lambda tensor: tensor):
+        policy.token_logps(batch)
+    weights = {p.untyped_storage().data_ptr() for p in policy.model.parameters()}
+    return sum(size for pointer, size in kept.items() if pointer not in weights)

@@ -220,21 +220,22 @@ def _read(config: RunConfig, data: Rows | None, eval_data: Rows | None) -> tuple
 
 def _tokenized(data: PromptData, tokenizer: Any, max_length: int, prompts: dict[int, Prompt]) -> TokenizedData:
     """Bare prompts as token ids, entered into `prompts` by their index."""
-    tokenized = TokenizedData()
+    examples: list[TokenizedExample] = []
+    problems: list[RowProblem] = []
     for prompt in data.prompts:
         index = len(prompts)
         try:
             prompt_ids, _ = encode(tokenizer, prompt.text, ["."])
         except RenderError as error:
-            tokenized.problems.append(RowProblem(error.code, prompt.source, str(error)))
+            problems.append(RowProblem(error.code, prompt.source, str(error)))
             continue
         if len(prompt_ids) >= max_length:
             message = f"the prompt has {len(prompt_ids)} tokens, which leaves no room within max_length {max_length}"
-            tokenized.problems.append(RowProblem("T01", prompt.source, message))
+            problems.append(RowProblem("T01", prompt.source, message))
             continue
         prompts[index] = prompt
-        tokenized.examples.append(TokenizedExample(prompt_ids, (), index))
-    return tokenized
+        examples.append(TokenizedExample(prompt_ids, (), index))
+    return TokenizedData(examples, {}, problems)
 
 
 def _pieces(prompt: TokenizedExample) -> TokenizedExample:

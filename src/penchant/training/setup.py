@@ -13,31 +13,24 @@ import torch
 
 from penchant.config import ReferenceConfig, RunConfig
 from penchant.data import loader
-from penchant.data.chat import PLAIN_CHAT_TEMPLATE
-from penchant.data.formats import ExampleData
+from penchant.data.flat import Reordered
 from penchant.errors import UserError
 from penchant.losses import Loss, build_loss
 from penchant.models.adapters import add_lora
-from penchant.models.fingerprints import weights_sha256
+from penchant.models.fingerprints import architecture_sha256, weights_sha256
+from penchant.models.gradient_checkpointing import set_gradient_checkpointing
+from penchant.models.load import cache_folder
 from penchant.models.trust import refuse_old_versions
-from penchant.scoring.layout import Layout, choose_layout, trouble_with_sharing
+from penchant.scoring.layout import PADDED, Layout, choose_layout, trouble_with
+from penchant.scoring.logps_store import LogpsStore, store_name
 from penchant.scoring.policy import Policy
-from penchant.scoring.reference import AdapterOff, FrozenModel, LogpsCache, Precomputed, Reference
+from penchant.scoring.reference import AdapterOff, FrozenModel, LogpsCache, Precomputed, Reference, distinct
 from penchant.training import hardware
-from penchant.training.checks import label_weights
-from penchant.training.datasets import (
-    Datasets,
-    Rows,
-    fit_to_loss,
-    read_data,
-    refuse_bad_rows,
-    refuse_idle_data_options,
-    split_heldout,
-    tokenize_datasets,
-)
+from penchant.training.datasets import Datasets, Rows
 from penchant.training.logger import RunLog
 from penchant.training.schedule import num_steps
 from penchant.training.shared import Shared
+from penchant.training.source import DataSource, are_named, give_template, settings_of
 from penchant.types import Batch, Text, TokenizedExample
 
 
@@ -52,6 +45,8 @@ class Setup:
     layout: Layout
     base_sha256: str
     """Hash of the weights that the policy begins from."""
+    architecture_sha256: str | None = field(default=None, kw_only=True)
+    """Hash of what else its log-probabilities depend on, or None where that cannot be told."""
     shared: Shared = field(default_factory=Shared, kw_only=True)
     heldout_mismatched: list[TokenizedExample] = field(default_factory=list, kw_only=True)
     """The held-out prompts with completions of others, where the loss needs the KL divergence."""
@@ -93,13 +88,13 @@ class Setup:
         """Batches for a pass without gradient."""
         return list(self.layout.batches(examples, 2 * self.max_tokens, "prompts" in self.loss.needs))
 
-    def visited(self) -> tuple[list[TokenizedExample], list[TokenizedExample]]:
+    def visited(self) -> tuple[Sequence[TokenizedExample], list[TokenizedExample]]:
         """The training examples that the run's steps will see, each once, and the mismatched ones of all steps."""
-        drawn = list(
-            islice(self.draws(), self.steps if "kl" in self.loss.needs else min(self.steps, self.steps_per_epoch))
-        )
-        examples = [example for draw in drawn[: self.steps_per_epoch] for example in draw.examples]
-        return examples, [example for draw in drawn for example in draw.mismatched]
+        config, train = self.config, self.datasets.train.examples
+        order = loader.epoch_order(len(train), config.seed, epoch=0)
+        drawn = islice(self.draws(), self.steps if "kl" in self.loss.needs else 0)
+        mismatched = [example for draw in drawn for example in draw.mismatched]
+        return Reordered(train, order[: self.steps * config.batch_size]), mismatched
 
     def tokens_to_sample(self) -> float:
         """Tokens that training will sample."""
@@ -129,28 +124,10 @@ def set_up(
     shared = shared or Shared()
     loss = build_loss(config.loss_settings())
     refuse_what_never_works(config, loss)
-    rows = _rows(shared, data if data is not None else config.data, "data", config.data_family)
-    refuse_bad_rows(config, rows)
-    heldout_rows = None
-    if eval_data is not None or config.eval_data:
-        rows_or_name = eval_data if eval_data is not None else str(config.eval_data)
-        heldout_rows = _rows(shared, rows_or_name, "eval_data", config.data_family)
-        refuse_bad_rows(config, heldout_rows)
-    refuse_idle_data_options(config, loss, [*rows.examples, *(heldout_rows.examples if heldout_rows else [])])
-    train_rows, heldout_rows = split_heldout(config, rows, heldout_rows)
-    train_rows = fit_to_loss(config, loss, train_rows, is_heldout=False)
-    heldout_rows = fit_to_loss(config, loss, heldout_rows, is_heldout=True)
-    policy = load_policy(config, log, [example.prompt for example in rows.examples], policy)
-    tokenizer = policy.tokenizer
-
-    def tokenized() -> Datasets:
-        return tokenize_datasets(config, loss, train_rows, heldout_rows, tokenizer, log)
-
-    datasets = (
-        tokenized()
-        if data is not None or eval_data is not None
-        else shared.once(_tokenization(config, loss), tokenized)
-    )
+    source = _data_source(shared, config, loss, data, eval_data)
+    policy = load_policy(config, log, (), policy)
+    datasets = source.datasets(policy.tokenizer, log)
+    architecture = architecture_sha256(policy.model)  # as it came: the layout may exchange its attention
     layout, base_sha256 = lay_out(policy, config, datasets.train.examples)
     return Setup(
         config=config,
@@ -159,6 +136,7 @@ def set_up(
         datasets=datasets,
         layout=layout,
         base_sha256=base_sha256,
+        architecture_sha256=architecture,
         shared=shared,
         heldout_mismatched=_heldout_mismatched(config, loss, datasets),
     )
@@ -197,12 +175,13 @@ def lay_out(policy: Policy, config: RunConfig, examples: Sequence[TokenizedExamp
 
 
 def make_adapter(policy: Policy, config: RunConfig) -> Policy:
-    """The policy that is trained: with a LoRA adapter where the run file asks for one."""
+    """The policy that is trained: with a LoRA adapter and gradient checkpointing where the run file asks for them."""
     lora = config.lora
-    if not lora.rank:
-        return policy
-    adapted = add_lora(policy.model, lora.rank, lora.alpha or 2 * lora.rank, lora.target_modules)
-    return Policy(adapted, policy.tokenizer, policy.precision)
+    if lora.rank:
+        adapted = add_lora(policy.model, lora.rank, lora.alpha or 2 * lora.rank, lora.target_modules)
+        policy = Policy(adapted, policy.tokenizer, policy.precision)
+    set_gradient_checkpointing(policy.model, config.gradient_checkpointing)
+    return policy
 
 
 def make_reference(setup: Setup, log: RunLog) -> Reference | None:
@@ -213,27 +192,59 @@ def make_reference(setup: Setup, log: RunLog) -> Reference | None:
         return None
     if kind == "adapter_off":
         return AdapterOff(policy)
-    source, source_sha256 = policy, setup.base_sha256
+    source, weights, architecture = policy, setup.base_sha256, setup.architecture_sha256
     if config.reference.model:
         source = Policy.from_pretrained(config.reference.model, policy.device, policy.precision)
-        source_sha256 = weights_sha256(source.model)
+        weights, architecture = weights_sha256(source.model), architecture_sha256(source.model)
         _refuse_other_tokenizer(policy, source, config.reference.model)
-        if setup.layout.name == "prefix_shared" and (
-            trouble := trouble_with_sharing(source, setup.datasets.train.examples)
-        ):
-            raise UserError(f"reference.model: does not fit the layout prefix_shared: {trouble}; set layout: padded.")
+        layout = setup.layout
+        if layout is not PADDED and (trouble := trouble_with(layout, source, setup.datasets.train.examples)):
+            raise UserError(f"reference.model: does not fit the layout {layout.name}: {trouble}; set layout: padded.")
     if kind == "copy":
         return FrozenModel.copy_of(policy, config.reference.offload)
     if kind == "model":
         return FrozenModel(source, is_start_of_policy=False, offload=config.reference.offload)
     if not setup.datasets.train.examples[0].completion_ids:  # bare prompts: what is sampled is scored as it comes
         return Precomputed(LogpsCache(), is_start_of_policy=True)
-    cache = setup.shared.once(("logps", source_sha256, source.precision, source.device.type), LogpsCache)
-    visited, mismatched = setup.visited()
-    examples = cache.missing([*visited, *mismatched, *setup.datasets.heldout.examples, *setup.heldout_mismatched])
-    with log.progress("reference", len(examples)) as meter:
-        cache.fill(source, setup.layout.batches(examples, 2 * setup.max_tokens), meter.advance)
+    cache = _logps_cache(setup, source, weights, architecture)
+    _fill(cache, setup, source, log)
     return Precomputed(cache, is_start_of_policy=source is policy)
+
+
+def _logps_cache(setup: Setup, source: Policy, weights: str, architecture: str | None) -> LogpsCache:
+    """Where `source`'s log-probabilities are kept: on the disk for all runs, or in memory for those of a sweep."""
+    where, kind = setup.config.reference.cache, (weights, source.precision, source.device.type)
+    if where == "none" or architecture is None:
+        return setup.shared.once(("logps", *kind), LogpsCache)
+    folder = cache_folder() / "logps" if where == "auto" else Path(where).expanduser()
+    path = folder / store_name(architecture, *kind)
+    return setup.shared.once(("logps", path), lambda: LogpsCache(LogpsStore(path)))
+
+
+def _fill(cache: LogpsCache, setup: Setup, source: Policy, log: RunLog) -> None:
+    """Scores with `source` what the run needs and `cache` does not have yet."""
+    visited, mismatched = setup.visited()
+    examples = distinct([*visited, *mismatched, *setup.datasets.heldout.examples, *setup.heldout_mismatched])
+    # Cut before what is known is left out, so that a pass that was broken off goes on in the same company, to the bit.
+    parts = setup.layout.parts(examples, 2 * setup.max_tokens)
+
+    def missing() -> list[list[TokenizedExample]]:
+        found = [rest for part in parts if (rest := cache.missing(part))]
+        for trouble in cache.new_troubles():
+            log.event("warn", "reference-cache", trouble, step=0)
+        return found
+
+    unknown = missing()
+    total, to_compute = _num_completions(examples), sum(map(_num_completions, unknown))
+    log.say("reference", f"{total:,} completions: {total - to_compute:,} known already, {to_compute:,} to compute")
+    while unknown:
+        with log.progress("reference", sum(map(len, unknown))) as meter:
+            cache.fill(source, map(setup.layout.collate, unknown), meter.advance)
+        unknown = missing()  # a store that failed meanwhile has taken with it what was known
+
+
+def _num_completions(examples: Iterable[TokenizedExample]) -> int:
+    return sum(len(example.completion_ids) for example in examples)
 
 
 def _as_configured(policy: Policy, config: RunConfig) -> Policy:
@@ -250,47 +261,26 @@ def _refuse_several_processes() -> None:
         raise UserError("this version trains in one process; start it without torchrun")
 
 
-def _rows(shared: Shared, data: Rows, name: str, family: str | None) -> ExampleData:
-    """The examples of a file, read once; rows in memory are not kept."""
-    if not isinstance(data, str):
-        return read_data(data, name, family)
-    return shared.once(("rows", data, family), lambda: read_data(data, name, family))
-
-
-def _tokenization(config: RunConfig, loss: Loss) -> tuple[Any, ...]:
-    """The settings that tokenised examples depend on."""
-    keys = (
-        "model",
-        "data",
-        "eval_data",
-        "eval_size",
-        "data_family",
-        "seed",
-        "max_length",
-        "truncation",
-        "chat_template",
-        "max_bad_rows",
-        "drop",
-        "min_margin",
-        "weigh_by_margin",
-    )
-    return (
-        *(getattr(config, key) for key in keys),
-        config.pairs_from_rankings,
-        loss.units,
-        "labels" in loss.needs,
-        label_weights(loss),
-    )
+def _data_source(
+    shared: Shared, config: RunConfig, loss: Loss, data: Rows | None, eval_data: Rows | None
+) -> DataSource:
+    """The data of the run; those of files are the same for all runs that agree on what becomes of them."""
+    if not are_named(config, data, eval_data):
+        return DataSource(config, loss, data, eval_data)
+    key = ("data", config.model, config.chat_template, *settings_of(config, loss).values())
+    return shared.once(key, lambda: DataSource(config, loss))
 
 
 def _heldout_mismatched(config: RunConfig, loss: Loss, datasets: Datasets) -> list[TokenizedExample]:
     if "kl" not in loss.needs:
         return []
     heldout, train = datasets.heldout.examples, datasets.train.examples
+    first = train[0].prompt_ids
+    other = next((example for example in train if example.prompt_ids != first), train[0])
     try:
-        loader.mismatched(train, config.max_length)  # what every epoch will ask for
-        # Behind the held-out examples stand the training ones, should all held-out prompts be the same.
-        return loader.mismatched([*heldout, *train], config.max_length)[: len(heldout)]
+        loader.mismatched([train[0], other], config.max_length)  # what every epoch will ask for
+        # Behind the held-out examples stand training ones, should all held-out prompts be the same.
+        return loader.mismatched([*heldout, train[0], other], config.max_length)[: len(heldout)]
     except ValueError as error:
         raise UserError(f"data: the loss '{loss.name}' estimates a KL divergence: {error}.") from None
 
@@ -314,10 +304,5 @@ def _choose_template(tokenizer: Any, config: RunConfig, prompts: Iterable[Text],
             tokenizer.chat_template = Path(config.chat_template).read_text(encoding="utf-8")
         except (OSError, UnicodeDecodeError) as error:
             raise UserError(f"chat_template: '{config.chat_template}' cannot be read: {error}") from None
-    elif tokenizer.chat_template is None and any(not isinstance(prompt, str) for prompt in prompts):
-        tokenizer.chat_template = PLAIN_CHAT_TEMPLATE
-        message = (
-            "the data are messages and the tokenizer has no chat template: turns are written out as 'Human:' and "
-            "'Assistant:', and the saved tokenizer keeps this template (chat_template: FILE gives another)"
-        )
-        log.event("warn", "plain-template", message, step=0)
+    elif any(not isinstance(prompt, str) for prompt in prompts):
+        give_template(tokenizer, log)
