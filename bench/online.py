@@ -47,7 +47,8 @@ WHOLE = {"temperature": 1.0, "top_p": 1.0, "top_k": 0}
 def runs(samples: int) -> dict[str, dict[str, Any]]:
     """What tells the runs apart, each of which may draw so many completions.
 
-    DPO and online-dpo see the same number of pairs; RSO and SPPO half as many, for the same number of samples.
+    DPO and online-dpo see the same number of pairs, and are measured on their way; RSO and SPPO see half as many, for
+    the same number of samples, and are measured at their end.
     """
     return {
         "dpo, fixed pairs": {
@@ -59,6 +60,7 @@ def runs(samples: int) -> dict[str, dict[str, Any]]:
         "online-dpo": {
             "method": "online-dpo",
             "online": {"rounds": samples // 64, "prompts_per_round": 32},
+            "save_steps": 8,
         },
         "rso": {
             "method": "rso",
