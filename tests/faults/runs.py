@@ -68,7 +68,9 @@ class Workshop:
             *_COMMON.split(),
             *KINDS[kind].replace("RULE", str(self._rule)).split(),
             *("--output_dir", str(run_dir)),
-            *("--reference.cache", f"{run_dir}-logps"),  # else the pass of the first run would serve all
+            # Else what the first run read and computed would serve all, and no fault could meet it.
+            *("--reference.cache", str(run_dir.parent / "logps" / run_dir.name)),
+            *("--data_cache", str(run_dir.parent / "tokens" / run_dir.name)),
             *more,
         ]
 

@@ -15,7 +15,7 @@ from .nursery import Fault
 from .runs import Workshop, assert_same, summary_of
 
 _PHASES = {
-    "tokenizing": ("penchant.data.chat:encode", 5, True),
+    "tokenizing": ("penchant.data.chat:_render_row", 5, True),
     "the first answers": ("penchant.scoring.policy:_can_be_stopped", 2, True),
     "the reference pass": ("penchant.scoring.reference:LogpsCache.fill", 1, True),
     "the first evaluation": ("penchant.training.loop:evaluate", 1, True),

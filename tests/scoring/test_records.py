@@ -26,9 +26,7 @@ from penchant.types import PairLogps, RankedLogps, SequenceLogps, TokenizedExamp
 
 from .samples import moved_policy, ragged
 
-LAYOUTS = pytest.mark.parametrize(
-    "layout", [padded, packed, prefix_shared], ids=["padded", "packed", "prefix_shared"]
-)
+LAYOUTS = pytest.mark.parametrize("layout", [padded, packed, prefix_shared], ids=["padded", "packed", "prefix_shared"])
 
 PAIRS = [
     TokenizedExample([5, 9, 2], ([7, 60, 8], [7, 12]), 0, weight=2.0, margin=0.5, win_probabilities=(0.75, 0.25)),

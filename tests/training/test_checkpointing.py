@@ -31,7 +31,7 @@ from ..contracts.test_layouts import SHARING, make_examples, make_model
 from ..scoring.samples import gradient_of
 from .test_run import losses_of, train
 
-LAYOUTS = pytest.mark.parametrize("wanted", ["padded", "prefix_shared"])
+LAYOUTS = pytest.mark.parametrize("wanted", ["padded", "packed", "prefix_shared"])
 WEIGHTS = pytest.mark.parametrize("rank", [0, 4], ids=["all weights", "LoRA"])
 
 

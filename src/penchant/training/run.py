@@ -243,7 +243,7 @@ def _warn_of_little_room(setup: Setup, run_dir: Path, log: RunLog) -> None:
     size = expected_checkpoint_bytes(setup.policy, setup.config)
     kept = setup.config.keep_checkpoints
     if setup.config.save_steps:
-        kept = min(kept, setup.steps // setup.config.save_steps)
+        kept = min(kept, max(1, setup.steps // setup.config.save_steps))
     needed, free = size * (kept + 1 + setup.config.save_best), free_bytes(run_dir)
     if free < needed:
         message = (
