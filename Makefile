@@ -1,6 +1,7 @@
 # Penchant's commands. `make demo` and `make test` need nothing but Python 3.11 or newer and a network for pip.
 
 PYTHON ?= python3
+WORKERS ?= 2
 AGAINST ?= --layers 6 --pairs 16
 BIN := .venv/bin
 STAMP := .venv/.installed
@@ -19,8 +20,8 @@ $(STAMP): pyproject.toml constraints.txt
 demo: $(STAMP)           ## aligns a real 135M chat model on the CPU, in minutes
 	$(BIN)/python examples/direct_answers/demo.py
 
-test: $(STAMP)           ## passes every test
-	$(BIN)/python -m pytest
+test: $(STAMP)           ## passes every test; WORKERS=N at a time, each on one thread
+	$(BIN)/python -m pytest -n $(WORKERS) --dist worksteal
 
 check: $(STAMP)          ## formatting, lint, types
 	$(BIN)/ruff format --check

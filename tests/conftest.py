@@ -22,8 +22,9 @@ os.environ["PENCHANT_CACHE"] = _CACHE.name
 # Every signature with shapes is checked in every test: a silent (3,) against (1,) broadcast becomes an error.
 install_import_hook("penchant", "beartype.beartype")
 
-
-torch.set_num_threads(1)  # tiny tensors gain nothing from more, and the order of sums stays the same
+# Tiny tensors gain nothing from more threads, and sums keep their order: here and in every process a test starts.
+torch.set_num_threads(1)
+os.environ["OMP_NUM_THREADS"] = "1"
 
 
 @pytest.fixture(autouse=True)

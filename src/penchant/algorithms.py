@@ -56,6 +56,8 @@ class _Algorithm:
             raise ValueError(f"the loss '{loss.name}' compares with a reference: give ref_model")
         if self._unit not in loss.units:
             raise ValueError(f"the loss '{loss.name}' takes {' or '.join(loss.units)}, not {self._unit}")
+        if "scores" in loss.needs:
+            raise ValueError(f"the loss '{loss.name}' is that of a reward model, and this trains a policy")
         for column in loss.needs & {"margins", "win_probabilities"}:
             raise ValueError(f"the loss '{loss.name}' needs {column}, which token tensors do not carry")
         if ref_model is model:

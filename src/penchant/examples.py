@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from typing import Any
 
 Message = Mapping[str, str]
 """One turn of a conversation: `{"role": "user", "content": "..."}`."""
@@ -89,6 +90,8 @@ class Prompt:
 
     text: Text
     source: str = ""
+    row: Mapping[str, Any] = field(default_factory=dict, compare=False)
+    """The whole row of the data, for rules that look into it: the right answer, say."""
 
 
 @dataclass(frozen=True)
@@ -100,6 +103,20 @@ class Answer:
     """With the end token, if it is there; empty where only the text is known."""
     is_finished: bool = True
     """Whether it ended by itself, and not at the limit of tokens."""
+
+
+@dataclass(frozen=True)
+class Rollout:
+    """What was found out about a sampled completion before training on it, a number for each of its tokens."""
+
+    advantages: Sequence[float]
+    """How much better the token did than was expected."""
+    old_logps: Sequence[float] | None = None
+    """Its log-probability, in nats, under the policy that sampled it; None where that is the policy as it stands."""
+    returns: Sequence[float] | None = None
+    """What the value function is to say before the token."""
+    old_values: Sequence[float] | None = None
+    """What it said when the completion was sampled."""
 
 
 @dataclass(frozen=True)
@@ -117,6 +134,8 @@ class TokenizedExample:
     margin: float | None = None
     win_probabilities: tuple[float, float] | None = None
     is_desirable: bool | None = None
+    rollouts: tuple[Rollout, ...] = ()
+    """One for each completion, where the policy sampled them itself and learns from scores."""
 
     @property
     def num_tokens(self) -> int:

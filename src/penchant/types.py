@@ -21,6 +21,7 @@ from penchant.examples import Example as Example
 from penchant.examples import Message as Message
 from penchant.examples import Pair as Pair
 from penchant.examples import Ranking as Ranking
+from penchant.examples import Rollout as Rollout
 from penchant.examples import Text as Text
 from penchant.examples import TokenizedExample as TokenizedExample
 from penchant.examples import Unpaired as Unpaired
@@ -135,11 +136,12 @@ class Batch:
     (rows * T, D): row `hidden_rows[m]` predicts token `target_ids[m]`, which belongs to sequence `sequence_ids[m]`.
     The M targets of a sequence are consecutive and in order, and the S sequences follow each other: the completions of
     the first example, of the second, ... With prompts, each example's completions are followed by its prompt, scored
-    from its second token on (nothing predicts the first).
+    from its second token on (nothing predicts the first). Row `last_rows[s]` is that of a sequence's own last token.
     """
 
     model_inputs: dict[str, Any]
     hidden_rows: Int[Tensor, " M"]
+    last_rows: Int[Tensor, " S"]
     target_ids: Int[Tensor, " M"]
     sequence_ids: Int[Tensor, " M"]
     lengths: Int[Tensor, " S"]
@@ -161,6 +163,7 @@ class Batch:
         return Batch(
             model_inputs={name: value.to(device) for name, value in self.model_inputs.items()},
             hidden_rows=self.hidden_rows.to(device),
+            last_rows=self.last_rows.to(device),
             target_ids=self.target_ids.to(device),
             sequence_ids=self.sequence_ids.to(device),
             lengths=self.lengths.to(device),
@@ -175,6 +178,7 @@ class Batch:
         return cls(
             model_inputs={},
             hidden_rows=torch.cat([batch.hidden_rows for batch in batches]),
+            last_rows=torch.cat([batch.last_rows for batch in batches]),
             target_ids=torch.cat([batch.target_ids for batch in batches]),
             sequence_ids=torch.cat([b.sequence_ids + offset for b, offset in zip(batches, offsets, strict=False)]),
             lengths=torch.cat([batch.lengths for batch in batches]),
@@ -193,13 +197,19 @@ class TokenLogps:
     """What a model says about the M scored tokens of a batch, in nats.
 
     `logps[m]` is log pi(y_t | x, y_<t); `entropies[m]` the entropy of that whole distribution; `log_collisions[m]` the
-    log of the sum over the vocabulary of pi(v | x, y_<t)^2. The latter two carry no gradient and are None where nobody
-    asked.
+    log of the sum over the vocabulary of pi(v | x, y_<t)^2; both carry no gradient and are None where nobody asked.
+    `values[m]` is what a value head expects to come, before the token; None without one.
     """
 
     logps: Float[Tensor, " M"]
     entropies: Float[Tensor, " M"] | None = None
     log_collisions: Float[Tensor, " M"] | None = None
+    values: Float[Tensor, " M"] | None = None
+
+    def detached(self) -> TokenLogps:
+        """The same numbers without their gradients."""
+        values = None if self.values is None else self.values.detach()
+        return TokenLogps(self.logps.detach(), self.entropies, self.log_collisions, values)
 
     @classmethod
     def join(cls, parts: Sequence[TokenLogps]) -> TokenLogps:
@@ -213,6 +223,7 @@ class TokenLogps:
             torch.cat([part.logps for part in parts]),
             joined([part.entropies for part in parts]),
             joined([part.log_collisions for part in parts]),
+            joined([part.values for part in parts]),
         )
 
 
@@ -317,5 +328,32 @@ class RankedLogps:
         return self.policy_logps - self.ref_logps
 
 
-Logps = PairLogps | SequenceLogps | RankedLogps
+@dataclass(frozen=True)
+class RolloutLogps:
+    """The waist's sibling for policy gradients: the M tokens of N sampled completions, one completion behind the other.
+
+    Token m belongs to completion `sequence_ids[m]`. Log-probabilities are in nats; only `policy_logps` and `values`
+    carry gradients.
+    """
+
+    policy_logps: Float[Tensor, " M"]
+    old_logps: Float[Tensor, " M"]
+    """Under the policy that sampled them."""
+    ref_logps: Float[Tensor, " M"] | None
+    advantages: Float[Tensor, " M"]
+    sequence_ids: Int[Tensor, " M"]
+    lengths: Int[Tensor, " N"]
+    values: Float[Tensor, " M"] | None = None
+    old_values: Float[Tensor, " M"] | None = None
+    returns: Float[Tensor, " M"] | None = None
+    tokens_per_example: float | None = None
+    """Tokens per completion of the whole optimizer batch, where this is a part of one."""
+
+    def sum_by_sequence(self, values: Float[Tensor, " M"]) -> Float[Tensor, " N"]:
+        """Adds up a value of every token within each completion."""
+        sums = torch.zeros(self.lengths.shape[0], dtype=values.dtype, device=values.device)
+        return sums.index_add(0, self.sequence_ids, values)
+
+
+Logps = PairLogps | SequenceLogps | RankedLogps | RolloutLogps
 """What a loss consumes."""

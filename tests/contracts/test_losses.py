@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from penchant.losses import LOSSES, NEEDS, Loss, build_loss
-from penchant.types import Logps, PairLogps, PairTokens, RankedLogps, SequenceLogps
+from penchant.types import Logps, PairLogps, PairTokens, RankedLogps, RolloutLogps, SequenceLogps
 
 SETTINGS: dict[str, list[dict[str, Any]]] = {
     "dpo": [{"label_smoothing": 0.1}],
@@ -30,6 +30,8 @@ SETTINGS: dict[str, list[dict[str, Any]]] = {
     "orpo": [{"nll_on_prompt": True}],
     "sft": [{"per": "sequence"}],
     "aot-unpaired": [{"label_smoothing": 0.1}],
+    "reward": [{"alpha": 0.5}],
+    "grpo": [{"beta": 0.0, "per": "token"}, {"per": "constant", "clip_high": 0.3}],
 }
 """Settings beside the defaults, where other branches of a loss stand behind them."""
 
@@ -53,6 +55,7 @@ COLUMNS = {
     "prompts": ("policy_prompt_logps", "prompt_lengths"),
     "tokens": ("tokens",),
     "collisions": ("policy_chosen_log_collisions", "policy_rejected_log_collisions"),
+    "values": ("values", "old_values", "returns"),
 }
 """What a need stands for in the records of log-probabilities; the rest is always there."""
 
@@ -77,6 +80,20 @@ def random_logps(unit: str, seed: int = 0) -> Logps:
         ref = policy + uniform(NUM, low=-3, high=3)
         kl = torch.tensor(0.5, dtype=torch.float64)
         return SequenceLogps(policy, ref, lengths[0], is_desirable, kl=kl, tokens_per_example=5.5)
+    if unit == "rollout":
+        policy, values = uniform(36, low=-5, high=-1), uniform(36, low=-1, high=1)
+        return RolloutLogps(
+            policy_logps=policy,
+            old_logps=policy + uniform(36, low=-0.5, high=0.5),
+            ref_logps=policy + uniform(36, low=-2, high=1),
+            advantages=uniform(36, low=-1, high=1),
+            sequence_ids=torch.arange(NUM).repeat_interleave(lengths[0]),
+            lengths=lengths[0],
+            values=values,
+            old_values=values + uniform(36, low=-0.5, high=0.5),
+            returns=uniform(36, low=-1, high=1),
+            tokens_per_example=5.5,
+        )
     is_token = torch.arange(12) < lengths[..., None]
     policy, collisions = uniform(2, NUM, 12, low=-5, high=-1), uniform(2, NUM, 12, low=-3, high=-1)
     ref = policy + uniform(2, NUM, 12, low=-4, high=1)
@@ -108,6 +125,11 @@ def each_tensor(logps: Any, change: Callable[[Tensor], Tensor]) -> Any:
 
 def rows_of(logps: Logps, rows: list[int]) -> Logps:
     """The examples `rows` of a batch, in that order."""
+    if isinstance(logps, RolloutLogps):
+        tokens = torch.cat([(logps.sequence_ids == row).nonzero().flatten() for row in rows])
+        lengths = logps.lengths[rows]
+        chosen = each_tensor(replace(logps, lengths=logps.sequence_ids), lambda value: value[tokens])
+        return replace(chosen, lengths=lengths, sequence_ids=torch.arange(len(rows)).repeat_interleave(lengths))
     return each_tensor(logps, lambda value: value[rows] if value.ndim else value)
 
 
@@ -125,7 +147,7 @@ def policy_columns(logps: Logps, loss: Loss) -> dict[str, Tensor]:
     if isinstance(logps, PairLogps):
         names = ("policy_chosen_logps", "policy_rejected_logps")
         return {name: getattr(logps.tokens if reads_tokens(loss) else logps, name) for name in names}
-    return {"policy_logps": logps.policy_logps}
+    return {"policy_logps": logps.policy_logps} | ({"values": logps.values} if "values" in loss.needs else {})
 
 
 def reads_tokens(loss: Loss) -> bool:
@@ -196,7 +218,7 @@ def test_same_constant_on_policy_and_reference_changes_nothing(loss: Loss, unit:
     def moved(record: Any) -> Any:
         changed = {}
         for field in dataclasses.fields(record):
-            side = next((side for side in moves if re.fullmatch(f"(policy|ref){side}(_logps)?", field.name)), None)
+            side = next((side for side in moves if re.fullmatch(f"(policy|ref|old){side}(_logps)?", field.name)), None)
             if side:
                 changed[field.name] = getattr(record, field.name) + moves[side]
         return replace(record, **changed)
@@ -246,12 +268,16 @@ def test_at_the_reference_better_is_pulled_up_and_worse_is_pushed_down(loss: Los
     if "reference" in loss.needs:
         record = logps.tokens if unit == "pair" and reads_tokens(loss) else logps
         columns = {name: getattr(record, name.replace("policy", "ref")).clone() for name in columns}
+    if isinstance(logps, RolloutLogps):
+        logps = replace(logps, old_logps=columns["policy_logps"].clone())
     leaves = [column.requires_grad_() for column in columns.values()]
     total = loss(with_policy(logps, loss, columns)).sum()
     grads = torch.autograd.grad(total, leaves, materialize_grads=True)
     if isinstance(logps, RankedLogps):
         is_long, last = logps.is_present.sum(-1) > 1, logps.is_present.sum(-1, keepdim=True) - 1
         better, worse = grads[0][is_long, 0], grads[0].gather(1, last)[is_long]
+    elif isinstance(logps, RolloutLogps):
+        better, worse = grads[0][logps.advantages > 0], grads[0][logps.advantages < 0]
     elif isinstance(logps, SequenceLogps):
         better, worse = grads[0][logps.is_desirable], grads[0][~logps.is_desirable]
     else:
@@ -282,6 +308,8 @@ def test_every_number_among_the_settings_acts_and_refuses_nonsense(loss: Loss, u
     logps = random_logps(unit)
     for name in float_fields(loss):
         value = getattr(loss, name)
+        if name == "constant" and loss.per != "constant":
+            continue
         other = replace(loss, **{name: value * 0.8 if value else 0.2})
         assert not torch.equal(other(logps), loss(logps)), f"{name} does nothing"
         for nonsense in (math.nan, math.inf, -math.inf, -0.1):
@@ -310,7 +338,7 @@ def test_settings_build_the_loss_again(loss: Loss, unit: str) -> None:
 @EVERY_CLASS
 def test_every_field_is_explained_and_the_source_named(loss: type[Loss]) -> None:
     assert LOSSES[loss.name] is loss
-    assert set(loss.units) <= {"pair", "unpaired", "ranking"}
+    assert set(loss.units) <= {"pair", "unpaired", "ranking", "rollout"}
     assert loss.units
     explained = set()
     for kind in loss.__mro__[:-1]:

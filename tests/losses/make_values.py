@@ -343,6 +343,73 @@ def pl_dpo(rankings: Batch, beta: Any) -> tuple[Values, Any]:
     return losses, rewards
 
 
+# Without a reference: unlikelihood, and scores in the place of log-probabilities.
+
+
+def unlikelihood(pairs: Batch, alpha: Any) -> tuple[Values, Any]:
+    losses = [
+        -sum(chosen) - alpha * sum(log(1 - exp(logp)) for logp in rejected)
+        for chosen, rejected in zip(pairs["policy_chosen_tokens"], pairs["policy_rejected_tokens"], strict=True)
+    ]
+    return losses, (pairs["policy_chosen"], pairs["policy_rejected"])
+
+
+def reward(pairs: Batch, alpha: Any, centering: Any) -> tuple[Values, Any]:
+    won, lost = pairs["policy_chosen"], pairs["policy_rejected"]
+    losses = [
+        -log_sigmoid(w - lo - alpha * m) + centering * (w + lo) ** 2
+        for w, lo, m in zip(won, lost, pairs["margins"], strict=True)
+    ]
+    return losses, (won, lost)
+
+
+# Sampled completions, token by token.
+
+
+def surrogate(ratio: Any, advantage: Any, low: Any, high: Any) -> Any:
+    return -min(ratio * advantage, min(max(ratio, 1 - low), 1 + high) * advantage)
+
+
+def by_completion(rollouts: Batch, *names: str) -> list[list[tuple[Any, ...]]]:
+    """Of each completion the tokens, each with its numbers of these names."""
+    tokens, found = list(zip(*(rollouts[name] for name in names), strict=True)), []
+    for length in rollouts["lengths"]:
+        found.append(tokens[:length])
+        tokens = tokens[length:]
+    return found
+
+
+def risen(rollouts: Batch) -> Values:
+    return [sum(now - old for now, old in own) for own in by_completion(rollouts, "policy_now", "old")]
+
+
+def grpo(rollouts: Batch, clip: Any, clip_high: Any, beta: Any, per: str, constant: Any) -> tuple[Values, Any]:
+    losses = []
+    for own in by_completion(rollouts, "policy_now", "old", "ref_now", "advantages"):
+        tokens = [
+            surrogate(exp(now - old), advantage, clip, clip if clip_high is None else clip_high)
+            + beta * (exp(ref - now) - (ref - now) - 1)
+            for now, old, ref, advantage in own
+        ]
+        size = {"sequence": len(own), "token": mean(rollouts["lengths"]), "constant": constant}[per]
+        losses.append(sum(tokens) / size)
+    return losses, risen(rollouts)
+
+
+def ppo(rollouts: Batch, clip: Any, clip_high: Any, value_weight: Any, value_clip: Any) -> tuple[Values, Any]:
+    losses = []
+    names = ("policy_now", "old", "advantages", "values", "old_values", "returns")
+    for own in by_completion(rollouts, *names):
+        tokens = []
+        for now, old, advantage, value, before, to_come in own:
+            near = min(max(value, before - value_clip), before + value_clip)
+            error = max((value - to_come) ** 2, (near - to_come) ** 2) / 2
+            high = clip if clip_high is None else clip_high
+            tokens.append(surrogate(exp(now - old), advantage, clip, high) + value_weight * error)
+        losses.append(sum(tokens) / mean(rollouts["lengths"]))
+    return losses, risen(rollouts)
+
+
 # Inputs.
 
 
@@ -400,13 +467,33 @@ def make_inputs() -> dict[str, Batch]:
     rankings: Batch = {"lengths": [[source.randint(1, 200) for _ in range(k)] for k in (3, 5, 2, 4)]}
     rankings["policy"] = [sums(row) for row in rankings["lengths"]]
     rankings["ref"] = [near(row, 24) for row in rankings["policy"]]
-    return {
+    made = {
         "pairs": pairs,
         "token pairs": tokens,
         "sequences": sequences([True, False] * 4, 2.5),
         "uneven sequences": sequences([True, False, False, True, False, True, False, False, True, False], 0.0),
         "desirable sequences": sequences([True] * 3, 1.0),
         "rankings": rankings,
+    }
+    # Later kinds come last: their numbers must not change those before them.
+    rollouts: Batch = {"lengths": [7, 1, 19, 4]}
+    num_tokens = sum(rollouts["lengths"])
+    rollouts["policy_now"] = [number(-5, -1 / 64) for _ in range(num_tokens)]
+    rollouts["old"], rollouts["ref_now"] = near(rollouts["policy_now"], 1), near(rollouts["policy_now"], 2)
+    for name in ("advantages", "values", "returns"):
+        rollouts[name] = [number(-2, 2) for _ in range(num_tokens)]
+    rollouts["old_values"] = [value + number(-0.5, 0.5) for value in rollouts["values"]]
+    scores = {**pairs, "policy_chosen": [], "policy_rejected": []}
+    for side in ("chosen", "rejected"):
+        scores[f"policy_{side}"] = [number(-4, 4) for _ in range(8)]
+    unsure = {**tokens, "policy_rejected_tokens": [near(row, 0) for row in tokens["policy_rejected_tokens"]]}
+    unsure["policy_rejected"] = [sum(row) for row in unsure["policy_rejected_tokens"]]
+    columns = ("policy_chosen", "policy_rejected", "chosen_lengths", "rejected_lengths", "margins")
+    return {
+        **made,
+        "unsure token pairs": unsure,
+        "rollouts": rollouts,
+        "scores": {name: scores[name] for name in columns},
     }
 
 
@@ -457,6 +544,26 @@ LOSSES: list[tuple[str, Callable[..., Any], tuple[str, ...], list[dict[str, Any]
     ("apo-zero-unpaired", apo_zero_unpaired, WITH_BOTH, columns(beta=(0.1, 0.02))),
     ("aot-unpaired", aot_unpaired, WITH_BOTH, columns(beta=(0.1, 0.02), label_smoothing=(0.0, 0.2))),
     ("pl-dpo", pl_dpo, ("rankings",), columns(beta=(0.1, 0.5))),
+    ("unlikelihood", unlikelihood, ("unsure token pairs",), columns(alpha=(0.5, 1.0, 0.0))),
+    ("reward", reward, ("scores",), columns(alpha=(0.0, 1.0, 0.3), centering=(0.0, 0.01, 0.5))),
+    (
+        "grpo",
+        grpo,
+        ("rollouts",),
+        columns(
+            clip=(0.2, 0.2, 0.1, 0.2),
+            clip_high=(None, 0.28, None, None),
+            beta=(0.04, 0.0, 0.5, 0.0),
+            per=("sequence", "token", "constant", "constant"),
+            constant=(128.0, 128.0, 20.0, 1.0),
+        ),
+    ),
+    (
+        "ppo",
+        ppo,
+        ("rollouts",),
+        columns(clip=(0.2, 0.1), clip_high=(None, 0.3), value_weight=(0.1, 1.0), value_clip=(0.2, 0.1)),
+    ),
 ]
 
 

@@ -119,6 +119,10 @@ DEFAULTS: dict[str, dict[str, Any]] = {
     "apo-zero-unpaired": {"beta": 0.1},
     "aot-unpaired": {"beta": 0.1, "label_smoothing": 0.0},
     "pl-dpo": {"beta": 0.1},
+    "unlikelihood": {"alpha": 0.5},
+    "reward": {"alpha": 0.0, "centering": 0.0},
+    "grpo": {"clip": 0.2, "clip_high": None, "beta": 0.04, "per": "sequence", "constant": 128.0},
+    "ppo": {"clip": 0.2, "clip_high": None, "value_weight": 0.1, "value_clip": 0.2},
 }
 """Who changes one changes every run that leaves it out."""
 

@@ -40,7 +40,7 @@ from penchant.losses import (
     WPOLoss,
     build_loss,
 )
-from penchant.types import Logps, PairLogps, RankedLogps, SequenceLogps
+from penchant.types import Logps, PairLogps, RankedLogps, RolloutLogps, SequenceLogps
 from tests.losses.test_values import VALUES, as_logps
 
 
@@ -68,6 +68,9 @@ def at_reference(logps: Any) -> Any:
     """The same batch with the policy's numbers in the reference's place."""
     if not isinstance(logps, PairLogps):
         kl = {"kl": torch.zeros_like(logps.kl)} if isinstance(logps, SequenceLogps) else {}
+        if isinstance(logps, RolloutLogps):  # a completion's advantages are the same at all its tokens
+            of_completions = torch.tensor([1.0, -0.5, 2.0, -1.5], dtype=torch.float64)
+            kl = {"old_logps": logps.policy_logps, "advantages": of_completions[logps.sequence_ids]}
         return replace(logps, ref_logps=logps.policy_logps, **kl)
     tokens = logps.tokens and replace(
         logps.tokens,
@@ -111,6 +114,7 @@ AT_REFERENCE: list[tuple[dict[str, Any], Any]] = [
     ({"name": "apo-zero-unpaired"}, 1 / 2),
     ({"name": "aot-unpaired"}, LN2 * (10 / 12 + (10 / 8 - 10 / 12) * UNEVEN.is_desirable.double())),
     ({"name": "pl-dpo"}, f64(*(math.log(math.factorial(num)) for num in (3, 5, 2, 4)))),
+    ({"name": "grpo"}, f64(-1.0, 0.5, -2.0, 1.5)),
 ]
 
 
@@ -119,7 +123,8 @@ def test_loss_at_the_reference_is_the_known_one(settings: dict[str, Any], value:
     loss = build_loss(settings)
     (unit,) = loss.units
     by_unit = {"pair": TOKEN_PAIRS if "tokens" in loss.needs else PAIRS}
-    logps = by_unit.get(unit) or {"unpaired": UNEVEN, "ranking": inputs("rankings")}[unit]
+    others = {"unpaired": UNEVEN, "ranking": inputs("rankings"), "rollout": inputs("rollouts")}
+    logps = by_unit.get(unit) or others[unit]
     losses = loss(at_reference(logps))
     torch.testing.assert_close(
         losses, torch.as_tensor(value, dtype=torch.float64).expand_as(losses), rtol=1e-12, atol=0

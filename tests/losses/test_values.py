@@ -14,7 +14,7 @@ from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
 from penchant.losses import LOSSES, Loss, build_loss
-from penchant.types import Logps, PairLogps, PairTokens, RankedLogps, SequenceLogps
+from penchant.types import Logps, PairLogps, PairTokens, RankedLogps, RolloutLogps, SequenceLogps
 
 FOLDER = Path(__file__).parent
 VALUES = json.loads((FOLDER / "values.json").read_text())
@@ -32,6 +32,19 @@ def as_logps(batch: dict[str, Any], dtype: torch.dtype) -> Logps:
     def column(name: str) -> Tensor | None:
         return torch.tensor(batch[name], dtype=dtype) if name in batch else None
 
+    if "advantages" in batch:
+        lengths = torch.tensor(batch["lengths"])
+        return RolloutLogps(
+            column("policy_now"),
+            column("old"),
+            column("ref_now"),
+            column("advantages"),
+            torch.arange(len(lengths)).repeat_interleave(lengths),
+            lengths,
+            column("values"),
+            column("old_values"),
+            column("returns"),
+        )
     if "is_desirable" in batch:
         return SequenceLogps(
             column("policy"),

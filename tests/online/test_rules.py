@@ -134,3 +134,18 @@ def test_a_function_in_hand_is_known_by_its_source() -> None:
 
     assert given_rule(one).sha256 == given_rule(one).sha256 != given_rule(other).sha256
     assert given_rule(max).name == "max"
+
+
+def test_a_rule_with_a_third_parameter_is_given_the_row(tmp_path: Path) -> None:
+    place = tmp_path / "rule.py"
+    place.write_text(
+        "def score(prompt, completions, row):\n    return [float(text == row['answer']) for text in completions]\n"
+    )
+    rule = load_rule(f"{place}:score")
+    assert rule.takes_row
+    assert rule.scores("2 + 2", ["4", "5"], {"prompt": "2 + 2", "answer": "4"}) == (1.0, 0.0)
+    with pytest.raises(UserError, match="takes a row of the data as well, and here there is none, on the prompt '2"):
+        rule.scores("2 + 2", ["4"])
+    assert not given_rule(lambda prompt, completions: [0.0]).takes_row
+    assert not given_rule(lambda prompt, completions, scale=2.0: [scale]).takes_row
+    assert not given_rule(len).takes_row

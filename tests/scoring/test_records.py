@@ -17,12 +17,22 @@ from penchant.scoring.records import (
     pair_logps,
     ranked_logps,
     rewards_of,
+    rollout_logps,
     sequence_logps,
+    tokens_per_completion,
     tokens_per_example,
     unit_of,
     weights_of,
 )
-from penchant.types import PairLogps, RankedLogps, SequenceLogps, TokenizedExample, TokenLogps
+from penchant.types import (
+    PairLogps,
+    RankedLogps,
+    Rollout,
+    RolloutLogps,
+    SequenceLogps,
+    TokenizedExample,
+    TokenLogps,
+)
 
 from .samples import moved_policy, ragged
 
@@ -40,6 +50,25 @@ SINGLES = [
 RANKINGS = [
     TokenizedExample([5], ([1, 2], [3], [4, 5, 6]), 0, weight=4.0),
     TokenizedExample([6, 7], ([8], [9, 10]), 1),
+]
+
+ROLLOUTS = [
+    TokenizedExample(
+        [5, 6],
+        ([7, 8], [9]),
+        0,
+        rollouts=(
+            Rollout([0.5, -0.5], [-1.0, -2.0], returns=[1.0, 2.0], old_values=[0.25, 0.75]),
+            Rollout([3.0], [-4.0], returns=[5.0], old_values=[6.0]),
+        ),
+    ),
+    TokenizedExample(
+        [11],
+        ([4, 5, 6],),
+        1,
+        rollouts=(Rollout(*([float(n) for n in own] for own in ((1, 2, 3), (-1, -2, -3), (4, 5, 6), (7, 8, 9)))),),
+    ),
+    TokenizedExample([1], ([2],), 2, weight=2.0, rollouts=(Rollout([1.0], [-1.0], [0.0], [0.0]),)),
 ]
 
 
@@ -136,20 +165,48 @@ def test_trained_tokens_are_those_whose_likelihood_shall_rise_by_weight() -> Non
     assert tokens_per_example(RANKINGS) == (4 * 2 + 1) / 5
 
 
+@LAYOUTS
+def test_rollouts_are_carried_token_by_token(layout: Any) -> None:
+    policy, expected = values(-1, -2, -3, -4, -5, -6), values(1, 2, 3, 4, 5, 6)
+    logps = rollout_logps(layout.collate(ROLLOUTS[:2]), TokenLogps(policy, values=expected), -policy)
+    assert logps.policy_logps is policy
+    assert logps.values is expected
+    assert logps.old_logps.tolist() == [-1, -2, -4, -1, -2, -3]
+    assert logps.ref_logps.tolist() == [1, 2, 3, 4, 5, 6]
+    assert logps.advantages.tolist() == [0.5, -0.5, 3, 1, 2, 3]
+    assert logps.returns.tolist() == [1, 2, 5, 4, 5, 6]
+    assert logps.old_values.tolist() == [0.25, 0.75, 6, 7, 8, 9]
+    assert logps.sequence_ids.tolist() == [0, 0, 1, 2, 2, 2]
+    assert logps.lengths.tolist() == [2, 1, 3]
+    assert tokens_per_completion(ROLLOUTS) == (2 + 1 + 3 + 2 * 1) / (1 + 1 + 1 + 2)
+
+
+def test_a_policy_that_has_not_moved_is_its_own_old_one() -> None:
+    fresh = [replace(one, rollouts=tuple(replace(r, old_logps=None) for r in one.rollouts)) for one in ROLLOUTS]
+    policy = values(-1, -2, -3, -4, -5, -6, -7).requires_grad_()
+    logps = rollout_logps(padded.collate(fresh), TokenLogps(policy), None)
+    assert logps.old_logps.tolist() == policy.tolist()
+    assert not logps.old_logps.requires_grad
+    with pytest.raises(ValueError, match="when it was sampled"):
+        rollout_logps(padded.collate(SINGLES), TokenLogps(policy), None)
+
+
 @pytest.mark.parametrize("name", LOSSES)
 def test_every_loss_takes_the_record_of_its_unit(name: str) -> None:
     loss = build_loss({"name": name})
     kinds = {"pair": (ragged("pair"), PairLogps), "unpaired": (ragged("unpaired"), SequenceLogps)}
-    kinds["ranking"] = (ragged("ranking"), RankedLogps)
+    kinds |= {"ranking": (ragged("ranking"), RankedLogps), "rollout": (ROLLOUTS, RolloutLogps)}
     for unit in loss.units:
         examples, record = kinds[unit]
         assert unit_of(loss, examples) == unit
         batch = padded.collate(examples[:2])
         zeros = torch.zeros(len(batch.target_ids))
-        logps = logps_for(loss, batch, TokenLogps(zeros, zeros, zeros), zeros, torch.tensor(0.25), examples)
+        logps = logps_for(loss, batch, TokenLogps(zeros, zeros, zeros, zeros), zeros, torch.tensor(0.25), examples)
         assert isinstance(logps, record)
         assert len(loss(logps)) == len(weights_of(loss, batch))
-        if record is not RankedLogps:
+        if record is RolloutLogps:
+            assert logps.tokens_per_example == tokens_per_completion(examples)
+        elif record is not RankedLogps:
             assert logps.tokens_per_example == tokens_per_example(examples) != tokens_per_example(examples[:2])
         if record is SequenceLogps:
             assert logps.kl == 0.25

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import time
 from collections.abc import Sequence
 from itertools import pairwise
 from pathlib import Path
@@ -15,6 +16,8 @@ import torch
 import penchant
 from penchant.losses import build_loss
 from penchant.scoring.policy import Policy
+from penchant.training import run as run_module
+from penchant.training import session as session_module
 
 from ..conftest import WORDS
 
@@ -137,6 +140,27 @@ def test_a_run_learns_and_writes_everything(model_folder: Path, tmp_path: Path) 
     assert result.summary["examples_seen"] == 48
     assert len((result.run_dir / "samples.jsonl").read_text().splitlines()) == 2
     assert len((result.run_dir / "pairs.jsonl").read_text().splitlines()) == 4
+
+
+def test_the_time_of_a_run_counts_all_of_it(
+    model_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    reading, referring = run_module._set_up, session_module.make_reference
+
+    def slowly(function: Any) -> Any:
+        def slow(*words: Any) -> Any:
+            time.sleep(1)
+            return function(*words)
+
+        return slow
+
+    monkeypatch.setattr(run_module, "_set_up", slowly(reading))
+    monkeypatch.setattr(session_module, "make_reference", slowly(referring))
+    started = time.monotonic()
+    result = train(model_folder, tmp_path, max_steps=1)
+    assert 2 <= result.summary["wall_s"] <= time.monotonic() - started
+    (line, *_), _ = metrics_of(result.run_dir)
+    assert line["time_s"] >= 2
 
 
 def test_the_trained_model_loads_in_plain_transformers_with_the_same_log_probabilities(
@@ -316,7 +340,7 @@ def test_weights_that_turn_nan_stop_the_run_after_three_steps(
 BAD = [
     ({"data": "nowhere.jsonl"}, "there is no such file"),
     ({"model": "./nowhere"}, "there is no folder"),
-    ({"method": "dppo"}, "did you mean 'dpo'"),
+    ({"method": "dpoo"}, "did you mean 'dpo'"),
     ({"loss": "simop"}, "did you mean 'simpo'"),
     ({"loss": {"betta": 1}}, "did you mean 'beta'"),
     ({"loss": {"beta": -1}}, "above 0"),

@@ -271,6 +271,8 @@ def _pair(options: argparse.Namespace) -> int:
     from penchant.online.samples import read_samples
 
     plan = section_from(OnlineConfig, options, "online")
+    if plan.pairs == "none":
+        raise UserError("online.pairs: none makes no pairs; it is for methods that weigh completions (grpo, ppo).")
     if plan.accept is None and plan.accept_beta is not None:
         raise UserError("online.accept_beta: has no effect without online.accept.")
     _refuse_own_data(options)

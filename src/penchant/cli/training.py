@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from penchant.cli.plugins import Verb, add_import_option, import_file
 from penchant.cli.showing import show_comparison
-from penchant.config import load_config, option_names, parse_value
+from penchant.config import RunConfig, load_config, load_stages, option_names, parse_value
 from penchant.errors import UserError
 
 if TYPE_CHECKING:
@@ -94,8 +94,15 @@ def _train(options: argparse.Namespace) -> int:
     for path in options.imports:
         import_file(path)
     run_file = _run_file(options.run_file)
+    stages = load_stages(run_file, overrides) if run_file else None
     if options.sweep:
+        if stages:
+            raise UserError("--sweep: cannot go through a run file with stages.")
         return _sweep(run_file, overrides, options)
+    if stages:
+        if options.dry_run or options.allow_change:
+            raise UserError("--dry-run, --allow-change: are for one run; a run file with stages has several.")
+        return _stages(stages, options.overwrite, options.json)
     config = load_config(run_file, overrides)
     from penchant.training.run import dry_run, execute
 
@@ -110,11 +117,18 @@ def _train(options: argparse.Namespace) -> int:
 def _resume(options: argparse.Namespace) -> int:
     for path in options.imports:
         import_file(path)
+    from penchant.training.pipeline import STAGES
     from penchant.training.resume import config_of
     from penchant.training.run import execute
     from penchant.training.rundir import read_summary
 
     overrides = _overrides(options)
+    if (options.run_dir / STAGES).exists():
+        if overrides or options.allow_change:
+            raise UserError(f"{options.run_dir}: has stages, which go on with the settings that they have.")
+        stages = load_stages(str(options.run_dir / STAGES), {"output_dir": str(options.run_dir)})
+        assert stages is not None
+        return _stages(stages, False, options.json)
     if read_summary(options.run_dir).get("status") == "finished" and not overrides:
         from penchant.training.session import round_off
 
@@ -163,6 +177,19 @@ def _sweep(run_file: str | None, overrides: dict[str, Any], options: argparse.Na
     if done.stopped_by is not None:
         return 128 + done.stopped_by
     return 2 if done.failures else 0
+
+
+def _stages(stages: tuple[Path, str, list[RunConfig]], overwrite: bool, as_json: bool) -> int:
+    from penchant.report.compare import compare, write_comparison
+    from penchant.training.pipeline import run_stages
+    from penchant.training.rundir import read_summary
+
+    done = run_stages(*stages, overwrite)
+    report = write_comparison(compare(done.run_dirs), done.folder / "report.html")
+    print(f"report     {report}", file=sys.stderr)
+    if as_json:
+        print(json.dumps({run.name: read_summary(run) for run in done.run_dirs}, ensure_ascii=False, indent=2))
+    return 0 if done.stopped_by is None else 128 + done.stopped_by
 
 
 def _run_file(name: str | None) -> str | None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import re
 from collections.abc import Iterable, Mapping
 from pathlib import Path
@@ -24,6 +25,67 @@ def load_config(run_file: str | None, overrides: Mapping[str, Any]) -> RunConfig
     for name, value in overrides.items():
         _set_dotted(settings, name, value)
     return config_from(settings)
+
+
+def load_stages(run_file: str, overrides: Mapping[str, Any]) -> tuple[Path, str, list[RunConfig]] | None:
+    """What a run file with `stages` describes, or None where it has none.
+
+    What stands beside `stages` holds for each of them, what a stage says wins over it, and options win over both. Stage
+    N is kept in `output_dir` as `N-NAME`, by its `name` or its method; its model is the one before's.
+
+    Returns:
+        The folder, the text of a run file that repeats it all, and the run of each stage.
+
+    Raises:
+        UserError: as `load_config`; or a stage is no section, names a model or a folder, or has no fit name.
+    """
+    settings = _read_run_file(run_file)
+    if "stages" not in settings:
+        return None
+    stages, common = settings["stages"], {key: value for key, value in settings.items() if key != "stages"}
+    if not isinstance(stages, list) or not stages or not all(isinstance(stage, dict) for stage in stages):
+        raise UserError("stages: is a list of sections, each with the keys of a run, such as '- method: sft'.")
+    ends = {key: overrides.get(key, common.pop(key, None)) for key in ("model", "output_dir")}
+    for key, value in ends.items():
+        if value is None:
+            raise UserError(f"{key}: is missing; give it beside stages or as --{key}")
+    folder, model = Path(str(ends["output_dir"])), ends["model"]
+    configs, told = [], []
+    for number, stage in enumerate(stages, start=1):
+        for key in ends:
+            if key in stage:
+                raise UserError(
+                    f"stages: stage {number} names {key}, which follows from the stage before; leave it out."
+                )
+        own = _merged(copy.deepcopy(common), stage)
+        for name, value in overrides.items():
+            if name not in ends:
+                _set_dotted(own, name, value)
+        name = str(own.pop("name", own.get("method") or "dpo"))
+        if not re.fullmatch(r"[\w.-]+", name):
+            raise UserError(f"stages: '{name}' cannot be the name of a folder; use letters, digits, and . - _")
+        told.append({"name": name, **own})
+        place = folder / f"{number}-{name}"
+        try:
+            configs.append(config_from({**own, "model": model, "output_dir": str(place)}))
+        except UserError as error:
+            raise UserError("\n".join(f"stage {place.name}: {line}" for line in str(error).splitlines())) from None
+        model = str(place / "model")
+    text = yaml.safe_dump({**ends, "stages": told}, sort_keys=False, allow_unicode=True)
+    return folder, text, configs
+
+
+def _merged(settings: Mapping[str, Any], own: Mapping[str, Any]) -> dict[str, Any]:
+    """`settings` with a stage's own on top, sections key by key."""
+    return {
+        **settings,
+        **{
+            key: _merged(settings[key], value)
+            if isinstance(value, Mapping) and isinstance(settings.get(key), Mapping)
+            else value
+            for key, value in own.items()
+        },
+    }
 
 
 def config_from(settings: Mapping[str, Any]) -> RunConfig:

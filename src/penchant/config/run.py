@@ -10,6 +10,7 @@ from pydantic import Field, field_validator, model_validator
 
 from penchant.config.methods import METHODS, ONLINE_METHODS, RATES
 from penchant.config.sections import (
+    AdvantageConfig,
     JudgeConfig,
     LoraConfig,
     OnlineConfig,
@@ -100,6 +101,7 @@ class RunConfig(Section):
     sampling: SamplingConfig = Field(default_factory=SamplingConfig)
     judge: JudgeConfig = Field(default_factory=JudgeConfig)
     online: OnlineConfig = Field(default_factory=OnlineConfig)
+    advantage: AdvantageConfig = Field(default_factory=AdvantageConfig)
     device: str = "auto"
     """auto, cpu, cuda, cuda:1, ..."""
     dtype: Literal["auto", "float32", "bf16"] = "auto"
@@ -168,7 +170,8 @@ class RunConfig(Section):
 
     def _refuse_idle_sections(self) -> None:
         if not self.is_online:
-            for name, section in (("sampling", self.sampling), ("judge", self.judge), ("online", self.online)):
+            for name in ("sampling", "judge", "online", "advantage"):
+                section = getattr(self, name)
                 if section != type(section)():
                     raise ValueError(
                         f"{name}: has no effect with method {self.method_name()}, which samples nothing; these do: "
@@ -183,8 +186,9 @@ class RunConfig(Section):
         for name in ("drop", "min_margin", "weigh_by_margin", "pairs_from_rankings", "truncation"):
             if getattr(self, name) != self._default(name):
                 raise ValueError(f"{name}: has no effect with method {self.method}, which takes only prompts from data")
+        self._refuse_idle_advantage()
         online, sampling = self.filled_online(), self.filled_sampling()
-        if online.pairs != "best" and sampling.completions == 1:
+        if online.pairs not in ("best", "none") and sampling.completions == 1:
             raise ValueError("sampling.completions: a pair needs two")
         if online.accept is None and online.accept_beta is not None:
             raise ValueError("online.accept_beta: has no effect without online.accept")
@@ -194,10 +198,32 @@ class RunConfig(Section):
                 " accepted"
             )
 
+    def _refuse_idle_advantage(self) -> None:
+        """Holds online.pairs, which a method may exchange, against what only pairs or only advantages make use of."""
+        online, advantage, own = self.filled_online(), self.filled_advantage(), self.advantage
+        if (online.pairs == "none") != (advantage.kind is not None):
+            what = "learns from advantages" if advantage.kind else "learns from pairs"
+            raise ValueError(f"online.pairs: method {self.method} {what}, so it cannot be {online.pairs}")
+        if advantage.kind is None and own != AdvantageConfig():
+            raise ValueError(f"advantage: has no effect with method {self.method}, which learns from pairs")
+        if online.pairs == "none" and (online.min_gap or online.accept):
+            raise ValueError(f"online.min_gap, online.accept: have no effect with method {self.method}")
+        if advantage.kind != "gae":
+            for name in ("gamma", "gae_lambda", "value_learning_rate"):
+                if getattr(own, name) != AdvantageConfig.model_fields[name].default:
+                    raise ValueError(f"advantage.{name}: has no effect with advantage.kind {advantage.kind}")
+        if advantage.kind not in (None, "gae") and self.filled_sampling().completions == 1:
+            raise ValueError(f"sampling.completions: advantage.kind {advantage.kind} needs two or more")
+
     @property
     def is_online(self) -> bool:
         """Whether the method samples completions of its own and has them judged."""
         return self.method in ONLINE_METHODS
+
+    def filled_advantage(self) -> AdvantageConfig:
+        """`advantage` with the method's values where the run says nothing; `kind` is None for methods over pairs."""
+        preset = ONLINE_METHODS.get(self.method or "", {})
+        return filled(self.advantage, {"kl_weight": 0.0, "whiten": False, **preset})
 
     def filled_sampling(self) -> SamplingConfig:
         """`sampling` with the method's values where the run says nothing."""
@@ -207,8 +233,9 @@ class RunConfig(Section):
     def filled_online(self) -> OnlineConfig:
         """`online` with the method's values where the run says nothing; `rounds` may still be open."""
         preset = ONLINE_METHODS.get(self.method or "", {})
-        each_step = {"prompts_per_round": self.batch_size} if preset.get("one_step_rounds") else {}
-        return filled(self.online, {"pairs": "best_worst", "renew_reference": False, **preset, **each_step})
+        num_batches = preset.get("batches_per_round")
+        size = {"prompts_per_round": num_batches * self.batch_size} if num_batches else {}
+        return filled(self.online, {"pairs": "best_worst", "renew_reference": False, **preset, **size})
 
     def _refuse_two_losses(self) -> None:
         if self.method is None:

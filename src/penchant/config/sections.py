@@ -54,7 +54,8 @@ class SamplingConfig(Section):
     """How completions are sampled from the policy; what is not given depends on the method."""
 
     completions: int | None = Field(default=None, ge=1)
-    """Completions of each prompt; default: online-dpo 2, iterative-dpo 4, sppo 5, best-of-n 16, rso 64, else 1."""
+    """Completions of each prompt; default: online-dpo 2, iterative-dpo and rloo 4, sppo 5, grpo 8, best-of-n 16, rso
+    64, ppo 1."""
     temperature: float | None = Field(default=None, ge=0)
     """Divides the logits; 0 takes the likeliest token. Default 1; rso and sppo 0.7."""
     top_p: float | None = Field(default=None, gt=0, le=1)
@@ -74,7 +75,8 @@ class JudgeConfig(Section):
     """rule: a Python function; reward: a model that gives a score; implicit: log-ratio of two language models; server:
     a language model behind an OpenAI-compatible URL, asked for A or B."""
     function: str | None = None
-    """The rule, as file.py:name; name(prompt, completions) gives a list of numbers, higher is better."""
+    """The rule, as file.py:name; name(prompt, completions) or name(prompt, completions, row) gives a list of numbers,
+    higher is better."""
     model: str | None = None
     """The reward model (folder or hub id), the trained one of an implicit reward, or the server's name of its model."""
     reference: str | None = None
@@ -122,9 +124,11 @@ class OnlineConfig(Section):
     rounds: int | None = Field(default=None, ge=1)
     """How often fresh completions are drawn; default: iterative-dpo and sppo 3, else until every prompt was asked."""
     prompts_per_round: int | None = Field(default=None, ge=1)
-    """Prompts asked in a round; default: all; online-dpo batch_size, so that each step has fresh completions."""
-    pairs: Literal["best_worst", "random", "all", "best"] | None = None
-    """best_worst; random: disjoint pairs; all pairs; best: the best alone, for sft. Equal scores make no pair."""
+    """Prompts asked in a round; default: all; online-dpo and grpo batch_size, so that each step has fresh completions;
+    ppo four times that."""
+    pairs: Literal["best_worst", "random", "all", "best", "none"] | None = None
+    """best_worst; random: disjoint pairs; all pairs; best: the best alone, for sft; none: every completion, weighed by
+    its advantage (grpo, ppo). Equal scores make no pair."""
     min_gap: float = Field(default=0.0, ge=0)
     """The scores of a pair must differ by more than this."""
     accept: int | None = Field(default=None, ge=1)
@@ -133,3 +137,23 @@ class OnlineConfig(Section):
     """Temperature of the rejection sampling, in units of the score; default 0.5."""
     renew_reference: bool | None = None
     """Make each round's first policy its reference; default: sppo only."""
+
+
+class AdvantageConfig(Section):
+    """How the scores of completions become what each token is weighed by (grpo, ppo and their kin)."""
+
+    kind: Literal["standardized", "centered", "leave_one_out", "gae"] | None = None
+    """Against the other completions of the prompt: standardized (grpo), centered (dr-grpo), leave_one_out (rloo); or
+    against a value head's expectation, token by token: gae (ppo)."""
+    kl_weight: float | None = Field(default=None, ge=0)
+    """Taken off the rewards: so much for each nat of KL divergence from the reference; ppo and rloo 0.05, else 0."""
+    gamma: float = Field(default=1.0, gt=0, le=1)
+    """Discount of what comes later, per token (gae)."""
+    gae_lambda: float = Field(default=0.95, ge=0, le=1)
+    """Between the value head's next expectation (0) and the rewards to come (1) (gae)."""
+    whiten: bool | None = None
+    """Give the advantages of all tokens of a round mean 0 and variance 1; default: ppo only."""
+    unfinished_score: float | None = None
+    """Score of completions that were cut off at sampling.max_new_tokens, instead of the judge's."""
+    value_learning_rate: float = Field(default=1e-4, gt=0)
+    """Peak learning rate of the value head (gae)."""

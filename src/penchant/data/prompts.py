@@ -47,9 +47,10 @@ def read_prompts(source: str | Path | Iterable[Any], name: str = "data", family:
     for place, row in read_rows(source) if isinstance(source, str | Path) else with_sources(source, name):
         num_rows += 1
         try:
-            text = prompt_of(fields_of(row), forced)
+            fields = fields_of(row)
+            text = prompt_of(fields, forced)
         except RefusedError as refused:
             problems.append(RowProblem(refused.code, place, str(refused)))
             continue
-        prompts.setdefault(key_of(text), Prompt(text, place))
+        prompts.setdefault(key_of(text), Prompt(text, place, fields))
     return PromptData(list(prompts.values()), problems, num_rows, num_rows - len(problems) - len(prompts))

@@ -92,7 +92,7 @@ def compare(
     """Has the answers judged, each beside the baseline's to the same prompt if there is one."""
     sides = [answers] if others is None else [answers, others]
     texts = zip(*([one.text for one in side] for side in sides), strict=True)
-    questions = [Question(prompt.text, both) for prompt, both in zip(prompts, texts, strict=True)]
+    questions = [Question(prompt.text, both, prompt.row) for prompt, both in zip(prompts, texts, strict=True)]
     return Comparison(prompts, answers, others, judge.judge(questions, advance), distances)
 
 
@@ -104,7 +104,8 @@ def best_of(
 ) -> list[Answer]:
     """Of each prompt's samples the one that the judge likes best, of equals the first."""
     questions = [
-        Question(prompt.text, tuple(one.text for one in own)) for prompt, own in zip(prompts, samples, strict=True)
+        Question(prompt.text, tuple(one.text for one in own), prompt.row)
+        for prompt, own in zip(prompts, samples, strict=True)
     ]
     best = []
     for own, verdict in zip(samples, judge.judge(questions, advance), strict=True):

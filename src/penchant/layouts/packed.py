@@ -83,6 +83,7 @@ class PackedRow:
                 "segments": Segments(tuple(self._bounds)),
             },
             hidden_rows=torch.cat([places[first - 1 : -1] for places, first in self._scored]),
+            last_rows=torch.stack([places[-1] for places, _ in self._scored]),
             target_ids=torch.cat([ids[places[first:]] for places, first in self._scored]),
             sequence_ids=torch.arange(len(self._scored)).repeat_interleave(lengths),
             lengths=lengths,

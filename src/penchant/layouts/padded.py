@@ -40,6 +40,7 @@ def collate(examples: Sequence[TokenizedExample], with_prompts: bool = False) ->
     return Batch(
         model_inputs={"input_ids": input_ids},
         hidden_rows=places - 1,
+        last_rows=torch.tensor([end - 1 for _, end in spans]),
         target_ids=input_ids.flatten()[places],
         sequence_ids=torch.arange(len(spans)).repeat_interleave(lengths),
         lengths=lengths,

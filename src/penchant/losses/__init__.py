@@ -7,6 +7,7 @@ from penchant.losses.base import (
     Loss,
     PairLoss,
     RankedLoss,
+    RolloutLoss,
     UnpairedLoss,
     WeightedSum,
     preference_accuracy,
@@ -26,8 +27,10 @@ from penchant.losses.pairwise import (
     RobustDPOLoss,
     WPOLoss,
 )
+from penchant.losses.policy_gradient import GRPOLoss, PPOLoss
 from penchant.losses.ranked import PlackettLuceDPOLoss
-from penchant.losses.reference_free import CPOLoss, ORPOLoss, SFTLoss, SimPOLoss, SLiCLoss
+from penchant.losses.reference_free import CPOLoss, ORPOLoss, SFTLoss, SimPOLoss, SLiCLoss, UnlikelihoodLoss
+from penchant.losses.reward import RewardLoss
 from penchant.losses.unpaired import AOTUnpairedLoss, APOZeroUnpairedLoss, BCOLoss, KTOLoss
 
 __all__ = [
@@ -46,6 +49,7 @@ __all__ = [
     "DiscoPOPLoss",
     "EXOLoss",
     "FDivergenceDPOLoss",
+    "GRPOLoss",
     "HingeLoss",
     "IPOLoss",
     "KTOLoss",
@@ -56,14 +60,18 @@ __all__ = [
     "NCALoss",
     "ORPOLoss",
     "OffsetDPOLoss",
+    "PPOLoss",
     "PairLoss",
     "PlackettLuceDPOLoss",
     "RankedLoss",
+    "RewardLoss",
     "RobustDPOLoss",
+    "RolloutLoss",
     "SFTLoss",
     "SLiCLoss",
     "SPPOLoss",
     "SimPOLoss",
+    "UnlikelihoodLoss",
     "UnpairedLoss",
     "WPOLoss",
     "WeightedSum",

@@ -8,10 +8,10 @@ from abc import ABC, abstractmethod
 from typing import Any, ClassVar
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Bool, Float
 from torch import Tensor
 
-from penchant.types import Logps, PairLogps, RankedLogps, SequenceLogps
+from penchant.types import Logps, PairLogps, RankedLogps, RolloutLogps, SequenceLogps
 
 LOSSES: dict[str, type[Loss]] = {}
 """Every loss by the word that selects it: `loss.name` in a run file."""
@@ -26,6 +26,8 @@ NEEDS = {
     "prompts": "log-probabilities of the prompts",
     "tokens": "log-probabilities token by token",
     "collisions": "log-collisions token by token",
+    "values": "what a value head expects, token by token",
+    "scores": "a reward model, whose scores stand in the place of log-probabilities",
     "whole_batch": "all examples of the optimizer batch at once, since one's loss depends on the others",
 }
 """What a loss may ask for beyond the policy's log-probabilities and the lengths of completions."""
@@ -40,7 +42,8 @@ class Loss(ABC):
 
     name: ClassVar[str]
     units: ClassVar[tuple[str, ...]] = ()
-    """What it judges: "pair" (`PairLogps`), "unpaired" (`SequenceLogps`) or "ranking" (`RankedLogps`)."""
+    """What it judges: "pair" (`PairLogps`), "unpaired" (`SequenceLogps`), "ranking" (`RankedLogps`), or what the policy
+    has sampled itself: "rollout" (`RolloutLogps`)."""
     reads: ClassVar[frozenset[str]] = frozenset({"reference"})
     """What it asks for, of NEEDS, whatever its hyperparameters."""
 
@@ -105,6 +108,23 @@ class RankedLoss(Loss):
 
     @abstractmethod
     def rewards(self, logps: RankedLogps) -> Float[Tensor, "B K"]: ...
+
+
+class RolloutLoss(Loss):
+    """A loss over completions that the policy sampled itself, each token with an advantage."""
+
+    units = ("rollout",)
+
+    @abstractmethod
+    def __call__(self, logps: RolloutLogps) -> Float[Tensor, " N"]: ...
+
+    @abstractmethod
+    def is_clipped(self, logps: RolloutLogps) -> Bool[Tensor, " M"]:
+        """The tokens that teach nothing any more, since the policy has moved as far on them as it may."""
+
+    def rewards(self, logps: RolloutLogps) -> Float[Tensor, " N"]:
+        """How much likelier each completion has become since it was sampled, in nats."""
+        return logps.sum_by_sequence(logps.policy_logps - logps.old_logps)
 
 
 @dataclasses.dataclass(frozen=True)

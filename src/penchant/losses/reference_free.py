@@ -183,11 +183,40 @@ class SFTLoss(Loss, name="sft"):
         )
 
 
-def log_odds(logps: Float[Tensor, " B"]) -> Float[Tensor, " B"]:
-    """log(p / (1 - p)) of log p, in float32 or better.
+@dataclass(frozen=True)
+class UnlikelihoodLoss(PairLoss, name="unlikelihood"):
+    """Unlikelihood: -log pi(chosen) - alpha sum over the rejected tokens of log(1 - pi(token)).
+
+    The baseline of section 6 of Rafailov et al. 2023 (arXiv:2305.18290), with the token-level term of Welleck et al.
+    2019 (arXiv:1908.04319), Eq. 4, which unlike log pi(rejected) itself is bounded from below.
+    """
+
+    alpha: float = 0.5
+    """Weight of the rejected completion's tokens; the DPO paper tries values from 0 to 1."""
+    reads = frozenset({"tokens"})
+
+    def __post_init__(self) -> None:
+        require_not_negative("alpha", self.alpha)
+
+    def __call__(self, logps: PairLogps) -> Float[Tensor, " B"]:
+        if logps.tokens is None:
+            raise ValueError("unlikelihood needs log-probabilities token by token")
+        rejected = logps.tokens.policy_rejected_logps  # (B, R)
+        is_there = torch.arange(rejected.shape[1], device=rejected.device) < logps.rejected_lengths[:, None]
+        # What fills a row up has log-probability 0, whose complement is log 0: another number stands in its place.
+        complements = log1mexp(rejected.where(is_there, rejected.new_tensor(-1.0)))
+        return -logps.policy_chosen_logps - self.alpha * (complements * is_there).sum(-1)
+
+    def rewards(self, logps: PairLogps) -> tuple[Float[Tensor, " B"], Float[Tensor, " B"]]:
+        """log pi."""
+        return logps.policy_chosen_logps, logps.policy_rejected_logps
+
+
+def log1mexp(logps: Float[Tensor, "*n"]) -> Float[Tensor, "*n"]:
+    """log(1 - p) of log p, in float32 or better; p = 1, whose complement is log 0, counts as 1 - 1e-7.
 
     1 - p is taken as -expm1(log p) above p = 1/2 and the logarithm as log1p(-p) below: either alone loses all digits at
-    one end. p = 1, whose odds are infinite, counts as 1 - 1e-7.
+    one end.
     """
     if logps.dtype in (torch.float16, torch.bfloat16):
         logps = logps.float()
@@ -196,4 +225,11 @@ def log_odds(logps: Float[Tensor, " B"]) -> Float[Tensor, " B"]:
     # Each branch sees only arguments that are safe for it: `where` would spread the other one's nan to the gradient.
     above = torch.log(-torch.expm1(torch.where(is_likely, logps, -0.5)))
     below = torch.log1p(-torch.exp(torch.where(is_likely, -1.0, logps)))
-    return logps - torch.where(is_likely, above, below)
+    return torch.where(is_likely, above, below)
+
+
+def log_odds(logps: Float[Tensor, " B"]) -> Float[Tensor, " B"]:
+    """log(p / (1 - p)) of log p, in float32 or better; p = 1, whose odds are infinite, counts as 1 - 1e-7."""
+    if logps.dtype in (torch.float16, torch.bfloat16):
+        logps = logps.float()
+    return logps.clamp(max=-1e-7) - log1mexp(logps)

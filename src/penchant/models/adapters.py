@@ -21,9 +21,9 @@ def add_lora(model: nn.Module, rank: int, alpha: int, target_modules: str | list
     """
     from peft import LoraConfig, get_peft_model
 
-    config = LoraConfig(
-        r=rank, lora_alpha=alpha, lora_dropout=0.0, target_modules=target_modules, task_type="CAUSAL_LM"
-    )
+    # The scoring head of a reward model is fresh: it is trained as a whole, and kept with the adapter.
+    task = "SEQ_CLS" if hasattr(model, "score") else "CAUSAL_LM"
+    config = LoraConfig(r=rank, lora_alpha=alpha, lora_dropout=0.0, target_modules=target_modules, task_type=task)
     try:
         return get_peft_model(model, config)
     except ValueError as error:

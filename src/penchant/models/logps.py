@@ -8,7 +8,7 @@ from __future__ import annotations
 import inspect
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 from weakref import WeakKeyDictionary
 
@@ -22,9 +22,15 @@ from penchant.types import Batch, TokenLogps
 
 
 def token_logps(
-    model: nn.Module, batch: Batch, with_entropies: bool = False, with_collisions: bool = False
+    model: nn.Module,
+    batch: Batch,
+    with_entropies: bool = False,
+    with_collisions: bool = False,
+    value_head: nn.Module | None = None,
 ) -> TokenLogps:
     """Log-probabilities (and entropies, and log-collisions) of a batch's scored tokens, in float32 or better.
+
+    A `value_head` maps the hidden state before each scored token to a number; only transformers models have them.
 
     `model` is a transformers or peft causal model, or any module that maps token ids (rows, T) to logits (rows, T, V)
     or to an object with `.logits`. A transformers model is entered at its decoder and its head is applied to the
@@ -32,20 +38,22 @@ def token_logps(
     """
     model_head = _head_of(model, batch)
     if model_head is None:
+        if value_head is not None:
+            raise ValueError("a value head needs the hidden states of a transformers model")
         logits = _own_logits(model, batch.model_inputs).flatten(0, 1)[batch.hidden_rows]  # (M, V)
         return TokenLogps(*_read_off(at_least_float32(logits), batch.target_ids, with_entropies, with_collisions))
 
     hidden = model_head.decoder(**batch.model_inputs, use_cache=False).last_hidden_state
     hidden = hidden.flatten(0, 1).index_select(0, batch.hidden_rows)  # (M, D)
+    values = None if value_head is None else at_least_float32(value_head(hidden)).squeeze(-1)
     head, projection = model_head.head, model_head.head.projection
     if type(projection) is nn.Linear:
         weight, bias = projection.weight, projection.bias
         is_recorded = torch.is_grad_enabled()
-        return TokenLogps(
-            *ScoredRows.apply(
-                hidden, weight, bias, batch.target_ids, head, with_entropies, with_collisions, is_recorded
-            )
+        logps, entropies, log_collisions = ScoredRows.apply(
+            hidden, weight, bias, batch.target_ids, head, with_entropies, with_collisions, is_recorded
         )
+        return TokenLogps(logps, entropies, log_collisions, values)
 
     def score(rows: Tensor, target_ids: Tensor) -> tuple[Tensor, Tensor | None, Tensor | None]:
         return _read_off(head.logits(rows), target_ids, with_entropies, with_collisions)
@@ -56,7 +64,7 @@ def token_logps(
         checkpoint(score, rows, targets, use_reentrant=False, preserve_rng_state=False)
         for rows, targets in zip(hidden.split(rows_per_chunk), batch.target_ids.split(rows_per_chunk), strict=True)
     ]
-    return TokenLogps.join([TokenLogps(*piece) for piece in pieces])
+    return replace(TokenLogps.join([TokenLogps(*piece) for piece in pieces]), values=values)
 
 
 def builds_full_logits(model: nn.Module) -> bool:

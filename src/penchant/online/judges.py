@@ -8,7 +8,7 @@ from __future__ import annotations
 import hashlib
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal
@@ -34,6 +34,8 @@ class Question:
 
     prompt: Text
     completions: tuple[str, ...]
+    row: Mapping[str, Any] | None = None
+    """The row of the data that the prompt comes from, where it is known."""
 
 
 @dataclass(frozen=True)
@@ -68,10 +70,11 @@ class Judge(ABC):
 class RuleJudge(Judge):
     """Scores by a Python function, `score(prompt, completions) -> list of numbers`.
 
-    `prompt` is the text or the messages as they stand in the data, `completions` are plain strings.
+    `prompt` is the text or the messages as they stand in the data, `completions` are plain strings. A function with a
+    third parameter is given the prompt's row as well: `score(prompt, completions, row)`.
     """
 
-    def __init__(self, rule: str | Callable[[Text, list[str]], Sequence[float]]) -> None:
+    def __init__(self, rule: str | Callable[..., Sequence[float]]) -> None:
         """Takes the function, or its name as `file.py:name`.
 
         Raises:
@@ -89,7 +92,7 @@ class RuleJudge(Judge):
         """
         verdicts = []
         for question in questions:
-            verdicts.append(Verdict(self._rule.scores(question.prompt, question.completions)))
+            verdicts.append(Verdict(self._rule.scores(question.prompt, question.completions, question.row)))
             advance(1)
         return verdicts
 

@@ -12,8 +12,9 @@ import numpy as np
 
 from penchant.online.judges import Verdict
 
-Kind = Literal["best_worst", "random", "all", "best"]
-"""Which completions meet: the best and the worst; all in disjoint pairs, drawn at random; each two; the best alone."""
+Kind = Literal["best_worst", "random", "all", "best", "none"]
+"""Which completions meet: the best and the worst; all in disjoint pairs, drawn at random; each two; the best alone;
+none."""
 
 
 @dataclass(frozen=True)

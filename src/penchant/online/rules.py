@@ -8,9 +8,10 @@ import math
 import reprlib
 import sys
 import traceback
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -22,21 +23,36 @@ from penchant.examples import Text
 
 @dataclass(frozen=True)
 class Rule:
-    """A function `score(prompt, completions)`, where it stands, and a hash of its code."""
+    """A function `score(prompt, completions)` or `score(prompt, completions, row)`, where it stands, and a hash of its
+    code."""
 
-    function: Callable[[Text, list[str]], Sequence[float]]
+    function: Callable[..., Sequence[float]]
     name: str
     file: str
     sha256: str
 
-    def scores(self, prompt: Text, completions: Sequence[str]) -> tuple[float, ...]:
+    @cached_property
+    def takes_row(self) -> bool:
+        """Whether the function has a third parameter, for the row of the data that the prompt comes from."""
+        try:
+            parameters = inspect.signature(self.function).parameters.values()
+        except (TypeError, ValueError):  # written in C
+            return False
+        positional = (inspect.Parameter.POSITIONAL_ONLY, inspect.Parameter.POSITIONAL_OR_KEYWORD)
+        return sum(one.kind in positional and one.default is one.empty for one in parameters) == 3
+
+    def scores(
+        self, prompt: Text, completions: Sequence[str], row: Mapping[str, Any] | None = None
+    ) -> tuple[float, ...]:
         """What the function says of completions.
 
         Raises:
-            UserError: it fails, or gives anything but one finite number for each.
+            UserError: it fails, or gives anything but one finite number for each, or wants a row and there is none.
         """
+        if self.takes_row and row is None:
+            raise self._trouble(None, "takes a row of the data as well, and here there is none", prompt)
         try:
-            given = list(self.function(prompt, list(completions)))
+            given = list(self.function(prompt, list(completions), *([dict(row or {})] if self.takes_row else [])))
         except Exception as error:
             raise self._trouble(error.__traceback__, f"fails with {_told(error)}", prompt) from error
         if len(given) != len(completions):
@@ -57,7 +73,7 @@ class Rule:
         return UserError(f"{place}: the rule {self.name} {what}, on the prompt {shortened(prompt)}; mend the rule.")
 
 
-def given_rule(function: Callable[[Text, list[str]], Sequence[float]]) -> Rule:
+def given_rule(function: Callable[..., Sequence[float]]) -> Rule:
     """A ready function as a rule. Its hash is that of its source or, where there is none, of its name."""
     name = getattr(function, "__qualname__", type(function).__qualname__)
     try:

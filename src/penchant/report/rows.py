@@ -44,8 +44,8 @@ def _of_answers(name: str) -> Callable[[RunRecord], Any]:
     return lambda run: verdict.judged(run, name)
 
 
-def _estimated(judged: verdict.Judged) -> str:
-    return f"{number(judged.value)} ({number(judged.low)} to {number(judged.high)})"
+def _estimated(judged: verdict.Judged | None) -> str:
+    return "" if judged is None else f"{number(judged.value)} ({number(judged.low)} to {number(judged.high)})"
 
 
 def _of_summary(key: str) -> Callable[[RunRecord], Any]:

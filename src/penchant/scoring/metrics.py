@@ -12,9 +12,10 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from penchant.losses import Loss, preference_accuracy
+from penchant.losses import Loss, PPOLoss, RolloutLoss, preference_accuracy
+from penchant.losses.policy_gradient import kl_k3
 from penchant.scoring.records import rewards_of, sequence_logps, weights_of
-from penchant.types import Batch, Logps, TokenLogps
+from penchant.types import Batch, Logps, RolloutLogps, TokenLogps
 
 
 class Means:
@@ -56,6 +57,33 @@ class Means:
 
 
 @torch.no_grad()
+def observe_rollouts(
+    means: Means,
+    loss: RolloutLoss,
+    batch: Batch,
+    logps: RolloutLogps,
+    losses: Float[Tensor, " N"],
+    policy: TokenLogps,
+) -> None:
+    """Takes a batch of sampled completions into the means.
+
+    `loss`; `entropy`: of the policy's next-token distribution, nats a token; `kl`: from the reference, nats a token
+    (estimator k3 of Schulman 2020, the tokens being the policy's own); `old_kl`: from the policy that sampled, likewise
+    (0 in the first step after); `clipped`: the share of tokens that teach nothing any more; `value_error`: the clipped
+    error of the value head, where there is one.
+    """
+    means.add("loss", losses, weights_of(loss, batch))
+    means.add("old_kl", kl_k3(logps.old_logps, logps.policy_logps))
+    means.add("clipped", loss.is_clipped(logps).double())
+    if policy.entropies is not None:
+        means.add("entropy", policy.entropies)
+    if logps.ref_logps is not None:
+        means.add("kl", kl_k3(logps.policy_logps, logps.ref_logps))
+    if isinstance(loss, PPOLoss):
+        means.add("value_error", loss.value_errors(logps))
+
+
+@torch.no_grad()
 def observe(
     means: Means,
     loss: Loss,
@@ -78,7 +106,13 @@ def observe(
     (estimator k2 of Schulman 2020, "Approximating KL divergence"). The tokens are the data's, not the policy's own
     samples, so it measures displacement on the data, not the KL of the objective. (The estimator k3, exp(-d) - 1 + d,
     explodes here: a rejected token that became e^10 times less likely counts as 22,000 nats.)
+
+    Of completions that the policy sampled itself `observe_rollouts` says what is seen.
     """
+    if isinstance(logps, RolloutLogps):
+        assert isinstance(loss, RolloutLoss)
+        observe_rollouts(means, loss, batch, logps, losses, policy)
+        return loss.rewards(logps)
     rewards = rewards_of(loss, logps)
     means.add("loss", losses, weights_of(loss, batch))
     sequences = sequence_logps(batch, policy.logps, ref)
@@ -97,6 +131,8 @@ def observe(
         "logps": sequences.policy_logps,
         "length": sequences.lengths.float(),
     }
+    if "scores" in loss.needs:
+        del by_completion["logps"]  # there are none
     for name, values in by_completion.items():
         means.add(f"{name}/chosen", values[firsts])
         means.add(f"{name}/rejected", values[lasts])

@@ -36,7 +36,7 @@ def margin_noise(policy: Policy, layout: Layout, examples: Sequence[TokenizedExa
     if len(tried) < min(2, len(examples)) or not all(example.completion_ids for example in tried):
         return None
     batch = layout.collate(tried)
-    exact = _margins(Policy(policy.model, policy.tokenizer, "float32"), batch)
+    exact = _margins(type(policy)(policy.model, policy.tokenizer, "float32"), batch)
     return (_margins(policy, batch) - exact).square().mean().sqrt().item()
 
 

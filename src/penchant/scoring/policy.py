@@ -31,10 +31,14 @@ class Policy:
     tensor([-1.84], grad_fn=...)
     """
 
-    def __init__(self, model: nn.Module, tokenizer: Any, precision: Precision = "float32") -> None:
+    def __init__(
+        self, model: nn.Module, tokenizer: Any, precision: Precision = "float32", value_head: nn.Module | None = None
+    ) -> None:
+        """`value_head` maps hidden states (M, D) to what is expected to come (M, 1), for methods that need it."""
         self.model = model
         self.tokenizer = tokenizer
         self.precision = precision
+        self.value_head = value_head
 
     @classmethod
     def from_pretrained(
@@ -53,13 +57,19 @@ class Policy:
         return next(self.model.parameters()).device
 
     def parameters(self) -> Iterator[nn.Parameter]:
-        """The model's parameters, for an optimizer."""
-        return self.model.parameters()
+        """The parameters of model and value head, for an optimizer."""
+        return (parameter for _, parameter in self.named_parameters())
+
+    def named_parameters(self) -> Iterator[tuple[str, nn.Parameter]]:
+        """The same with their names."""
+        yield from self.model.named_parameters()
+        if self.value_head is not None:
+            yield from self.value_head.named_parameters("value_head")
 
     def token_logps(self, batch: Batch, with_entropies: bool = False, with_collisions: bool = False) -> TokenLogps:
-        """Log-probabilities of the scored tokens of a batch, in nats."""
+        """Log-probabilities of the scored tokens of a batch, in nats, and what the value head says of them."""
         with self._arithmetic():
-            return token_logps(self.model, batch.to(self.device), with_entropies, with_collisions)
+            return token_logps(self.model, batch.to(self.device), with_entropies, with_collisions, self.value_head)
 
     def log_prob(self, prompts: Sequence[Text], completions: Sequence[Text]) -> Float[Tensor, " N"]:
         """log pi(completion | prompt) of N texts: the sum over the completion's tokens and its end token, in nats.

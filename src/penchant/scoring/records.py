@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+import numpy as np
 import torch
 from jaxtyping import Float
 from torch import Tensor
@@ -16,6 +17,7 @@ from penchant.types import (
     PairLogps,
     PairTokens,
     RankedLogps,
+    RolloutLogps,
     SequenceLogps,
     TokenizedExample,
     TokenLogps,
@@ -23,7 +25,7 @@ from penchant.types import (
 
 
 def unit_of(loss: Loss, examples: Sequence[TokenizedExample]) -> str:
-    """What a loss takes these examples as: "pair", "unpaired" or "ranking".
+    """What a loss takes these examples as: "pair", "unpaired", "ranking" or "rollout".
 
     A loss over single completions takes pairs as two of them, so that it can be held against held-out pairs.
     """
@@ -40,6 +42,12 @@ def tokens_per_example(examples: Sequence[TokenizedExample]) -> float:
     return tokens / sum(example.weight for example in examples)
 
 
+def tokens_per_completion(examples: Sequence[TokenizedExample]) -> float:
+    """Tokens of all completions, per completion; each example's count by its weight."""
+    tokens = sum(example.weight * len(ids) for example in examples for ids in example.completion_ids)
+    return tokens / sum(example.weight * len(example.completion_ids) for example in examples)
+
+
 def logps_for(
     loss: Loss,
     batch: Batch,
@@ -54,8 +62,10 @@ def logps_for(
         kl: the estimate for `SequenceLogps.kl`.
         whole_batch: the examples of the optimizer batch of which `batch` is a part.
     """
-    share = tokens_per_example(whole_batch or batch.examples)
     unit = unit_of(loss, batch.examples)
+    if unit == "rollout":
+        return rollout_logps(batch, policy, ref, tokens_per_completion(whole_batch or batch.examples))
+    share = tokens_per_example(whole_batch or batch.examples)
     if unit == "pair":
         return pair_logps(batch, policy, ref, "tokens" in loss.needs, share)
     if unit == "unpaired":
@@ -129,9 +139,46 @@ def ranked_logps(batch: Batch, policy: Float[Tensor, " M"], ref: Float[Tensor, "
     )
 
 
+def rollout_logps(
+    batch: Batch, policy: TokenLogps, ref: Float[Tensor, " M"] | None, tokens_per_example: float | None = None
+) -> RolloutLogps:
+    """The record of sampled completions, with what was found out about them when they were sampled.
+
+    Raises:
+        ValueError: nothing was.
+    """
+    rollouts = [rollout for example in batch.examples for rollout in example.rollouts]
+    if len(rollouts) != len(batch.lengths):
+        raise ValueError("a policy gradient needs what was found out about each completion when it was sampled")
+
+    def column(values: Sequence[Sequence[float] | None]) -> Tensor | None:  # a number for each token, if all have it
+        if any(own is None for own in values):
+            return None
+        flat = np.concatenate([np.asarray(own, dtype=np.float64) for own in values])
+        return torch.from_numpy(flat).to(policy.logps)
+
+    advantages, old_logps = (
+        column([rollout.advantages for rollout in rollouts]),
+        column([rollout.old_logps for rollout in rollouts]),
+    )
+    assert advantages is not None
+    return RolloutLogps(
+        policy_logps=policy.logps,
+        old_logps=policy.logps.detach() if old_logps is None else old_logps,
+        ref_logps=ref,
+        advantages=advantages,
+        sequence_ids=batch.sequence_ids,
+        lengths=batch.lengths,
+        values=policy.values,
+        old_values=column([rollout.old_values for rollout in rollouts]),
+        returns=column([rollout.returns for rollout in rollouts]),
+        tokens_per_example=tokens_per_example,
+    )
+
+
 def weights_of(loss: Loss, batch: Batch) -> Float[Tensor, " B"]:
     """The weight of each value that the loss gives on this batch."""
-    is_by_completion = unit_of(loss, batch.examples) == "unpaired"
+    is_by_completion = unit_of(loss, batch.examples) in ("unpaired", "rollout")
     weights = [
         example.weight
         for example in batch.examples

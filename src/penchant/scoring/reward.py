@@ -1,4 +1,4 @@
-"""A reward model with its tokenizer: conversations in, scores out."""
+"""Reward models with their tokenizers: one that judges, texts in and scores out; and one that learns to."""
 
 from __future__ import annotations
 
@@ -6,16 +6,17 @@ import hashlib
 from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from penchant.data.chat import PLAIN_CHAT_TEMPLATE, RenderError, render
+from penchant.data.chat import PLAIN_CHAT_TEMPLATE, RenderError, encode, render
 from penchant.errors import UserError
 from penchant.models.fingerprints import template_sha256, tokenizer_sha256, weights_sha256
-from penchant.models.reward import load_reward_model
-from penchant.types import Text
+from penchant.models.reward import ENCODING, last_scores, load_reward_model, load_to_train_reward
+from penchant.scoring.policy import Policy, Precision
+from penchant.types import Batch, Text, TokenLogps
 
 _MAX_TOKENS = 8192
 """Tokens computed at once, filling included."""
@@ -32,9 +33,7 @@ class EncodedText:
 class RewardModel:
     """A transformers model for sequence classification, and what it says of completions."""
 
-    def __init__(
-        self, model: nn.Module, tokenizer: Any, name: str = "", precision: Literal["float32", "bf16"] = "float32"
-    ) -> None:
+    def __init__(self, model: nn.Module, tokenizer: Any, name: str = "", precision: Precision = "float32") -> None:
         """Takes a classifier with one label, whose logit is the score, or two: logit 1 less logit 0.
 
         Raises:
@@ -53,7 +52,7 @@ class RewardModel:
 
     @classmethod
     def from_pretrained(
-        cls, name: str, device: torch.device | str = "cpu", precision: Literal["float32", "bf16"] = "float32"
+        cls, name: str, device: torch.device | str = "cpu", precision: Precision = "float32"
     ) -> RewardModel:
         """The reward model in a folder or at a hub id, with float32 weights and dropout off.
 
@@ -79,6 +78,7 @@ class RewardModel:
     def encode(self, prompt: Text, completion: str) -> EncodedText:
         """Prompt and completion rendered by the chat template, a plain prompt as the user's turn.
 
+        A model that was trained here reads them as it did then: as a policy does, a plain prompt as it is.
         Without a template plain text is prompt and completion one behind the other, as two texts in one, and messages
         are written out as turns of Human and Assistant. What is too long loses the beginning of the prompt, but not
         the special tokens in front.
@@ -87,11 +87,14 @@ class RewardModel:
             UserError: the template refuses the messages.
         """
         is_plain = isinstance(prompt, str) and self.tokenizer.chat_template is None
-        ids = self.tokenizer(
-            prompt + completion if is_plain else self._rendered(prompt, completion),  # type: ignore[operator]
-            add_special_tokens=is_plain,
-            verbose=False,
-        ).input_ids
+        if hasattr(self._config, ENCODING):
+            ids = self._as_trained(prompt, completion)
+        else:
+            ids = self.tokenizer(
+                prompt + completion if is_plain else self._rendered(prompt, completion),  # type: ignore[operator]
+                add_special_tokens=is_plain,
+                verbose=False,
+            ).input_ids
         excess = len(ids) - self.max_length
         if excess <= 0:
             return EncodedText(ids, False)
@@ -108,6 +111,13 @@ class RewardModel:
             for place, score in zip(part, self._scores([encoded[place] for place in part]).tolist(), strict=True):
                 scores[place] = score
         return scores
+
+    def _as_trained(self, prompt: Text, completion: str) -> list[int]:
+        try:
+            prompt_ids, (completion_ids,) = encode(self.tokenizer, prompt, [completion])
+        except RenderError as error:
+            raise UserError(f"judge.model: with '{self.name}' {error}.") from None
+        return [*prompt_ids, *completion_ids]
 
     def _rendered(self, prompt: Text, completion: str) -> str:
         messages = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else prompt
@@ -153,3 +163,52 @@ class RewardModel:
         if self._precision == "bf16":
             return torch.autocast(device.type, dtype=torch.bfloat16)
         return nullcontext()
+
+
+class RewardLearner(Policy):
+    """A reward model in the place of a policy: what trains policies trains it.
+
+    It says of a batch what a policy says, with scores for log-probabilities: a completion's whole score stands at its
+    last token and 0 at the others, so the sum over its tokens is its score.
+    """
+
+    @classmethod
+    def from_pretrained(
+        cls, model: str, device: torch.device | str = "cpu", precision: Precision = "float32"
+    ) -> RewardLearner:
+        """A language model with a fresh scoring head in the place of its own, or a reward model to go on with.
+
+        Raises:
+            UserError: it cannot be loaded, or none of its family scores sequences.
+        """
+        loaded, tokenizer = load_to_train_reward(model, device)
+        _choose_filling(loaded, tokenizer)
+        return cls(loaded, tokenizer, precision)
+
+    def token_logps(self, batch: Batch, with_entropies: bool = False, with_collisions: bool = False) -> TokenLogps:
+        """Scores, each at the last token of its sequence; of entropies and log-collisions there are none."""
+        batch = batch.to(self.device)
+        with self._arithmetic():
+            scores = last_scores(self.model, batch)
+        is_there = batch.lengths > 0
+        lasts = (batch.lengths.cumsum(0) - 1)[is_there]
+        zeros = torch.zeros(len(batch.target_ids), dtype=scores.dtype, device=scores.device)
+        return TokenLogps(zeros.index_put((lasts,), scores[is_there]))
+
+    def merged(self) -> nn.Module:
+        """The model with its adapter, if it has one, folded into its weights: what judges and servers load."""
+        return self.model.merge_and_unload() if hasattr(self.model, "peft_config") else self.model  # type: ignore[operator]
+
+
+def _choose_filling(model: Any, tokenizer: Any) -> None:
+    """Makes a token the filling that ends no text: classifiers read their score at the last token that is none."""
+    _, (plain,) = encode(tokenizer, ".", ["."])
+    ends = {plain[-1]}
+    if tokenizer.chat_template:
+        _, (answer,) = encode(tokenizer, [{"role": "user", "content": "."}], ["."])
+        ends.add(answer[-1])
+    candidates = [tokenizer.pad_token, tokenizer.unk_token, tokenizer.bos_token, *tokenizer.all_special_tokens]
+    fit = [token for token in candidates if token and tokenizer.convert_tokens_to_ids(token) not in ends]
+    if fit:
+        tokenizer.pad_token = fit[0]
+    model.config.pad_token_id = tokenizer.pad_token_id if fit else None  # without, it takes one text at a time

@@ -29,7 +29,8 @@ class HeldoutAnswers:
 
     def __init__(self, setup: OnlineSetup, reference: Reference | None, run_dir: Path) -> None:
         self.setup, self.path = setup, run_dir / _FILE
-        self.texts = [setup.prompts[example.index].text for example in setup.datasets.heldout.examples]
+        self.prompts = [setup.prompts[example.index] for example in setup.datasets.heldout.examples]
+        self.texts = [prompt.text for prompt in self.prompts]
         self.anchor = AdapterOff(setup.policy) if setup.config.lora.rank else reference
         if isinstance(self.anchor, Precomputed):
             self.anchor = None  # it knows nothing of fresh answers
@@ -63,7 +64,8 @@ class HeldoutAnswers:
         """Scores of the answers, and how they do against the first ones: 1 a win, 0.5 a tie, 0 a loss."""
         others: list[tuple[str, ...]] = [(text,) for text in first] or [()] * len(answers)
         questions = [
-            Question(text, (one.text, *other)) for text, one, other in zip(self.texts, answers, others, strict=True)
+            Question(prompt.text, (one.text, *other), prompt.row)
+            for prompt, one, other in zip(self.prompts, answers, others, strict=True)
         ]
         verdicts = self.setup.judge.judge(questions)
         compares = self.setup.config.judge.name == "server"

@@ -51,7 +51,8 @@ def describe(setup: Setup, log: RunLog) -> None:
     cost = expected_cost(setup)
     examples, unit = min(config.batch_size, len(setup.datasets.train.examples)), findings["train"]["unit"]
     if isinstance(setup, OnlineSetup):
-        examples, unit = config.batch_size, "completion" if setup.plan.pairs == "best" else "pair"
+        kinds = {"best": "completion", "none": "prompt"}
+        examples, unit = config.batch_size, kinds.get(setup.plan.pairs or "", "pair")
     log.say(
         "plan",
         f"{count(setup.steps, 'step')} of {count(examples, unit)} at learning rate {config.peak_learning_rate():g}; "
@@ -82,7 +83,7 @@ def _describe_rounds(setup: OnlineSetup, log: RunLog) -> None:
         f"{count(setup.num_rounds, 'round')} of {count(setup.prompts_per_round, 'prompt')}, "
         f"{count(setup.num_completions, 'completion')} each, up to {sampling.max_new_tokens} tokens ("
         + ", ".join([f"temperature {sampling.temperature:g}", *narrowed])
-        + f"){kept}; {plan.pairs}; {count(setup.steps_per_round, 'step')} a round"
+        + f"){kept}; {setup.weighing()}; {count(setup.steps_per_round, 'step')} a round"
         + ("; each round's first policy is its reference" if plan.renew_reference else ""),
     )
 

@@ -22,6 +22,7 @@ from penchant.training.checkpoint import Checkpoint, Writer, rotate, write_check
 from penchant.training.logger import RunLog, one_line
 from penchant.training.online import OnlineSetup
 from penchant.training.optim import make_optimizer, set_rate
+from penchant.training.rollouts import Rollouts
 from penchant.training.rounds import Rounds
 from penchant.training.schedule import eval_interval, learning_rate_at
 from penchant.training.setup import Setup
@@ -73,6 +74,7 @@ class Training:
     """A run between its first and its last step; `run` goes on from wherever it is.
 
     `keep(steps=..., examples_seen=...)` is called whenever metrics are written. `extras` are kept in every checkpoint.
+    `started` is when this attempt began, by `time.monotonic()`.
     """
 
     def __init__(
@@ -83,18 +85,23 @@ class Training:
         run_dir: Path,
         keep: Callable[..., None],
         extras: dict[str, Any],
+        started: float,
     ) -> None:
         self.setup, self.reference, self.log, self.run_dir = setup, reference, log, run_dir
         self.keep, self.extras = keep, extras
-        self.optimizer = make_optimizer(setup.policy.model, setup.config)
+        self.optimizer = make_optimizer(setup.policy.model, setup.config, setup.policy.value_head)
         self.progress, self.window, self.spikes = Progress(), Window(), Spikes()
         self.last_evaluation: Evaluation | None = None
         self.total = setup.steps
-        self._source = Rounds(setup, reference, log, run_dir) if isinstance(setup, OnlineSetup) else setup
+        self._source: Setup | Rounds = setup
+        if isinstance(setup, OnlineSetup):
+            rounds = Rounds if setup.advantage_plan.kind is None else Rollouts
+            self._source = rounds(setup, reference, log, run_dir)
         self._answers = HeldoutAnswers(setup, reference, run_dir) if isinstance(setup, OnlineSetup) else None
         self._writer = Writer()
         self._saved_step = -1
-        self._saved_at = self._started = time.monotonic()
+        self._saved_at = time.monotonic()
+        self._started = started
 
     def resume(self, checkpoint: Checkpoint) -> None:
         """Takes everything up where the checkpoint left it."""
@@ -108,7 +115,7 @@ class Training:
         if self.progress.step >= self.total:
             self.progress.evaluated_at = -1  # what comes after the last step needs the rewards that it gave
         self._saved_step = checkpoint.step
-        self._started = time.monotonic() - self.progress.time_s
+        self._started -= self.progress.time_s
         self.keep(steps=self.progress.step, examples_seen=self.progress.examples_seen)
 
     @property
@@ -196,7 +203,7 @@ class Training:
             parts, kl_parts = setup.batches(draw.examples), setup.batches_to_score(draw.mismatched)
             outcome = train_step(
                 setup.policy,
-                self.reference,
+                self.reference if "reference" in setup.loss.needs else None,
                 setup.loss,
                 parts,
                 self.optimizer,

@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 
-from penchant.config import OnlineConfig, RunConfig, SamplingConfig
+from penchant.config import AdvantageConfig, OnlineConfig, RunConfig, SamplingConfig
 from penchant.data import loader
 from penchant.data.chat import RenderError, TokenizedData, encode
 from penchant.data.formats import RowProblem
@@ -19,6 +19,7 @@ from penchant.errors import UserError
 from penchant.examples import Prompt, Text, TokenizedExample
 from penchant.losses import Loss, build_loss
 from penchant.models.generation import Sampling
+from penchant.models.value import make_value_head
 from penchant.online.judges import Judge, make_judge
 from penchant.scoring.policy import Policy
 from penchant.training.datasets import Datasets, Rows, findings_of_prompts, refuse_rows
@@ -30,7 +31,9 @@ _PAIRS_PER_PROMPT = {
     "best": lambda completions: 1,
     "random": lambda completions: completions // 2,
     "all": lambda completions: completions * (completions - 1) // 2,
+    "none": lambda completions: 1,  # an example is a prompt with all its completions
 }
+_UNITS = {"best": "unpaired", "none": "rollout"}
 
 
 @dataclass
@@ -43,6 +46,8 @@ class OnlineSetup(Setup):
     plan: OnlineConfig
     sampling_plan: SamplingConfig
     """Both with all values filled in but `rounds`."""
+    advantage_plan: AdvantageConfig
+    """With all values filled in; `kind` is None where pairs are learned from."""
 
     @property
     def sampling(self) -> Sampling:
@@ -90,9 +95,13 @@ class OnlineSetup(Setup):
         return max(1, len(self.datasets.train.examples) * self.steps_per_round // self.prompts_per_round)
 
     @property
+    def uses_reference(self) -> bool:
+        return super().uses_reference or bool(self.advantage_plan.kl_weight)
+
+    @property
     def reference_kind(self) -> str:
         wanted = self.config.reference
-        if "reference" not in self.loss.needs or wanted.kind != "auto":
+        if not self.uses_reference or wanted.kind != "auto":
             return super().reference_kind
         if self.plan.renew_reference:
             return "precomputed"
@@ -100,7 +109,16 @@ class OnlineSetup(Setup):
             return "adapter_off"
         if wanted.model:
             return "model"
-        return "precomputed" if self.num_rounds == 1 else "copy"
+        return "precomputed" if self.num_rounds == 1 and self.advantage_plan.kind is None else "copy"
+
+    def weighing(self) -> str:
+        """What becomes of judged completions, in a few words."""
+        plan = self.advantage_plan
+        if plan.kind is None:
+            return str(self.plan.pairs)
+        kl = f", {plan.kl_weight:g} a nat of KL taken off" if plan.kl_weight else ""
+        names = {"gae": f"advantages over a value head (lambda {plan.gae_lambda:g})"}
+        return names.get(plan.kind, f"{plan.kind.replace('_', ' ')} advantages") + kl
 
     def round_prompts(self, number: int) -> list[TokenizedExample]:
         """The prompts of a round, counted from 0: the next ones in an order that is shuffled for every pass."""
@@ -128,7 +146,7 @@ class OnlineSetup(Setup):
     def stand_in(self, prompt: TokenizedExample) -> TokenizedExample:
         """A prompt with pieces of itself as completions, as long as they may become."""
         room = min(self.sampling_plan.max_new_tokens, self.config.max_length - len(prompt.prompt_ids))
-        number = 1 if self.plan.pairs == "best" else 2
+        number = {"best": 1, "none": self.num_completions}.get(self.plan.pairs or "", 2)
         completions = tuple(list(islice(cycle(prompt.prompt_ids), room)) for _ in range(number))
         return TokenizedExample(prompt.prompt_ids, completions, prompt.index)
 
@@ -163,7 +181,7 @@ def set_up_online(
     """
     loss = build_loss(config.loss_settings())
     refuse_what_never_works(config, loss)
-    plan, sampling_plan = config.filled_online(), config.filled_sampling()
+    plan, sampling_plan, advantage_plan = config.filled_online(), config.filled_sampling(), config.filled_advantage()
     _refuse_other_units(loss, plan)
     train, heldout = _read(config, data, eval_data)
     policy = load_policy(config, log, [prompt.text for prompt in (*train.prompts, *heldout.prompts)], policy)
@@ -180,10 +198,13 @@ def set_up_online(
     }
     datasets = Datasets(parts[0], parts[1], findings)
     layout, base_sha256 = lay_out(policy, config, [_pieces(example) for example in datasets.train.examples])
+    policy = make_adapter(policy, config)
+    if "values" in loss.needs:
+        policy.value_head = make_value_head(policy.model)
     setup = OnlineSetup(
         config=config,
         loss=loss,
-        policy=make_adapter(policy, config),
+        policy=policy,
         datasets=datasets,
         layout=layout,
         base_sha256=base_sha256,
@@ -191,6 +212,7 @@ def set_up_online(
         prompts=prompts,
         plan=plan,
         sampling_plan=sampling_plan,
+        advantage_plan=advantage_plan,
     )
     _refuse_unfit_reference(setup)
     return setup
@@ -245,14 +267,20 @@ def _pieces(prompt: TokenizedExample) -> TokenizedExample:
 
 
 def _refuse_other_units(loss: Loss, plan: OnlineConfig) -> None:
-    wanted = "unpaired" if plan.pairs == "best" else "pair"
+    wanted = _UNITS.get(plan.pairs or "", "pair")
     if wanted not in loss.units or "kl" in loss.needs:
-        what = "the best completions alone (sft)" if wanted == "unpaired" else "pairs"
+        kinds = {"unpaired": "the best completions alone (sft)", "rollout": "weighed completions (grpo, ppo)"}
+        what = kinds.get(wanted, "pairs")
         raise UserError(f"loss.name: with online.pairs {plan.pairs} a loss over {what} is needed, not '{loss.name}'.")
 
 
 def _refuse_unfit_reference(setup: OnlineSetup) -> None:
     kind, wanted = setup.reference_kind, setup.config.reference.kind
+    if kind == "precomputed" and setup.advantage_plan.kl_weight:
+        raise UserError(
+            "reference.kind: with advantage.kl_weight the reference is asked about fresh completions in every round, "
+            "which precomputed (and online.renew_reference) cannot; use copy, or lora.rank with adapter_off."
+        )
     if setup.plan.renew_reference and kind not in ("precomputed", "none"):
         raise UserError(
             f"reference.kind: with online.renew_reference each round's first policy is the reference, not '{kind}'; "

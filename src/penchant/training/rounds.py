@@ -61,7 +61,7 @@ class Rounds:
         while True:
             number, place = divmod(step, setup.steps_per_round)
             judged = self._judged(number, may_sample=place == 0)
-            examples, seen = self._examples(number, judged)
+            examples, seen = self._examples(number, judged, is_new=place == 0)
             if isinstance(self.reference, Precomputed):
                 self._score(number, examples, may_score=place == 0)
             if step == 0 and examples and self.reference is not None:
@@ -110,7 +110,8 @@ class Rounds:
             setup.sampling_plan.batch_size,
         )
         questions = [
-            Question(text, tuple(answer.text for answer in own)) for text, own in zip(texts, answers, strict=True)
+            Question(text, tuple(answer.text for answer in own), setup.prompts[prompt.index].row)
+            for prompt, text, own in zip(prompts, texts, answers, strict=True)
         ]
         verdicts = setup.judge.judge(questions)
         return [
@@ -118,11 +119,12 @@ class Rounds:
         ]
 
     def _examples(
-        self, number: int, judged: Sequence[Judged]
+        self, number: int, judged: Sequence[Judged], is_new: bool
     ) -> tuple[list[TokenizedExample], dict[str, Sequence[float]]]:
-        """What training takes of a round, and what is seen of its answers."""
+        """What training takes of a round, and what is seen of its answers; `is_new` before the round's first step."""
         setup, plan = self.setup, self.setup.plan
         assert plan.pairs is not None
+        assert plan.pairs != "none"
         examples, gaps, undecided = [], [], 0
         for place, one in enumerate(judged):
             rng = np.random.default_rng([setup.config.seed, 2, number, place])

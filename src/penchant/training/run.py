@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import time
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
@@ -64,7 +65,7 @@ def train(
     data: Rows,
     eval_data: Rows | None = None,
     loss: Loss | str | Mapping[str, Any] | None = None,
-    judge: Judge | Callable[[Any, list[str]], Sequence[float]] | Mapping[str, Any] | None = None,
+    judge: Judge | Callable[..., Sequence[float]] | Mapping[str, Any] | None = None,
     overwrite: bool = False,
     quiet: bool = False,
     allow_change: Sequence[str] = (),
@@ -77,7 +78,8 @@ def train(
         data: a file of rows, or an iterable of them, such as `{"prompt": ..., "chosen": ..., "rejected": ...}`.
         eval_data: held-out rows, likewise.
         loss: a loss, its name, or its settings; default: that of `method`.
-        judge: who judges sampled completions: a function `(prompt, completions) -> scores`, a `Judge`, or settings.
+        judge: who judges sampled completions: a function `(prompt, completions) -> scores` (or `(prompt, completions,
+            row)`, with the prompt's row), a `Judge`, or settings.
         overwrite: replace a run that is already in `output_dir`.
         quiet: say nothing while working.
         allow_change: keys that may differ where a run that stopped early is gone on with.
@@ -125,7 +127,7 @@ def execute(
         UserError: something the caller can mend; the message says what.
         StopRequested: by Ctrl-C or SIGTERM, before there was anything to save.
     """
-    log = log or RunLog()
+    log, started = log or RunLog(), time.monotonic()
     gc.collect()  # models of earlier runs are circles of references, which are let go only now and then
     hardware.forget_peak_memory()
     run_dir = choose_run_dir(config)
@@ -160,7 +162,7 @@ def execute(
             _say_going_on(log, checkpoint, setup.steps, changes)
         if changes:
             remember_allowed(run_dir, current)
-        run = Session(setup, log, run_dir, current, checkpoint, summary)
+        run = Session(setup, log, run_dir, current, checkpoint, summary, started)
         run.complete()
     return RunResult(run_dir, run.summary)
 

@@ -19,6 +19,7 @@ from penchant.losses import Loss, WeightedSum
 from penchant.models.load import save_model
 from penchant.report import write_model_card, write_report
 from penchant.scoring.reference import Reference
+from penchant.scoring.reward import RewardLearner
 from penchant.stopping import StopRequested
 from penchant.training import hardware
 from penchant.training.answers import summary_of
@@ -48,11 +49,12 @@ class Session:
         fingerprint: Fingerprint,
         checkpoint: Checkpoint | None,
         summary: dict[str, Any],
+        started: float,
     ) -> None:
+        """`started` is what `time.monotonic()` said when this attempt began."""
         self.setup, self.log, self.run_dir, self.summary = setup, log, run_dir, summary
-        self.fingerprint, self.checkpoint = fingerprint, checkpoint
+        self.fingerprint, self.checkpoint, self.started = fingerprint, checkpoint, started
         self.training: Training | None = None
-        self._started = time.monotonic()
 
     def complete(self) -> None:
         """Works until the model is saved, or until it is asked to stop."""
@@ -74,7 +76,7 @@ class Session:
 
     def keep(self, **news: Any) -> None:
         """Writes summary.json with what is new."""
-        elapsed_s = self.training.elapsed_s if self.training else time.monotonic() - self._started
+        elapsed_s = self.training.elapsed_s if self.training else time.monotonic() - self.started
         peak = hardware.peak_memory_bytes(self.setup.policy.device)
         self.summary.update(news, wall_s=round(elapsed_s, 2), peak_memory_bytes=peak)
         write_json(self.run_dir / "summary.json", self.summary)
@@ -96,7 +98,7 @@ class Session:
             "answers_before": before,
             "versions": self.summary["versions"],
         }
-        self.training = training = Training(setup, reference, log, run_dir, self.keep, extras)
+        self.training = training = Training(setup, reference, log, run_dir, self.keep, extras, self.started)
         if self.checkpoint:
             training.resume(self.checkpoint)
         training.run()
@@ -124,7 +126,9 @@ class Session:
     def _save_model(self) -> None:
         policy, place = self.setup.policy, self.run_dir / "model"
         try:
-            save_model(policy.model, policy.tokenizer, place)
+            # Judges and servers read no adapters of reward models.
+            model = policy.merged() if isinstance(policy, RewardLearner) else policy.model
+            save_model(model, policy.tokenizer, place)
         except OSError as error:
             raise UserError(
                 f"output_dir: the trained model could not be written to '{place}' ({error.strerror or error}). Make "

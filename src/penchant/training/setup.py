@@ -25,6 +25,7 @@ from penchant.scoring.layout import PADDED, Layout, choose_layout, trouble_with
 from penchant.scoring.logps_store import LogpsStore, store_name
 from penchant.scoring.policy import Policy
 from penchant.scoring.reference import AdapterOff, FrozenModel, LogpsCache, Precomputed, Reference, distinct
+from penchant.scoring.reward import RewardLearner
 from penchant.training import hardware
 from penchant.training.datasets import Datasets, Rows
 from penchant.training.logger import RunLog
@@ -67,9 +68,14 @@ class Setup:
         return loader.steps_per_epoch(len(self.datasets.train.examples), self.config.batch_size)
 
     @property
+    def uses_reference(self) -> bool:
+        """Whether anything of the run compares with a reference."""
+        return "reference" in self.loss.needs
+
+    @property
     def reference_kind(self) -> str:
-        """The kind of reference with `auto` resolved; `none` where the loss needs none."""
-        if "reference" not in self.loss.needs:
+        """The kind of reference with `auto` resolved; `none` where the run needs none."""
+        if not self.uses_reference:
             return "none"
         if self.config.reference.kind != "auto":
             return self.config.reference.kind
@@ -102,6 +108,8 @@ class Setup:
 
     def shown_prompts(self) -> list[tuple[Text, Text | None]]:
         """Some prompts for the report, held-out ones if there are any, each with the better of its completions."""
+        if isinstance(self.policy, RewardLearner):
+            return []  # it cannot answer
         source = self.datasets.heldout if self.datasets.heldout.examples else self.datasets.train
         texts = [source.texts[example.index] for example in source.examples[: self.config.num_samples]]
         return [(text.prompt, text.completions[0]) for text in texts]
@@ -123,9 +131,11 @@ def set_up(
     """Reads data and model, and refuses what cannot work before anything is written."""
     shared = shared or Shared()
     loss = build_loss(config.loss_settings())
+    if "rollout" in loss.units:
+        raise UserError(f"loss.name: '{loss.name}' learns from what the policy samples; say method: {loss.name}.")
     refuse_what_never_works(config, loss)
     source = _data_source(shared, config, loss, data, eval_data)
-    policy = load_policy(config, log, (), policy)
+    policy = load_policy(config, log, (), policy, RewardLearner if "scores" in loss.needs else Policy)
     datasets = source.datasets(policy.tokenizer, log)
     architecture = architecture_sha256(policy.model)  # as it came: the layout may exchange its attention
     layout, base_sha256 = lay_out(policy, config, datasets.train.examples)
@@ -153,17 +163,19 @@ def refuse_what_never_works(config: RunConfig, loss: Loss) -> None:
     _refuse_idle_options(config, loss)
 
 
-def load_policy(config: RunConfig, log: RunLog, prompts: Iterable[Text], policy: Policy | None) -> Policy:
+def load_policy(
+    config: RunConfig, log: RunLog, prompts: Iterable[Text], policy: Policy | None, kind: type[Policy] = Policy
+) -> Policy:
     """The model of the run file, or the policy in hand as the run file wants it, with the chat template to use."""
     torch.manual_seed(config.seed)
     if policy is not None:
-        policy = _as_configured(policy, config)
+        policy = _as_configured(policy, config, kind)
     else:
         device = hardware.resolve_device(config.device)
         precision = hardware.resolve_precision(config.dtype, device)
         note = " (converted on first use, which takes a minute)" if config.model.endswith(".gguf") else ""
         log.say("model", f"loading {config.model}{note}")
-        policy = Policy.from_pretrained(config.model, device, precision)
+        policy = kind.from_pretrained(config.model, device, precision)
     _choose_template(policy.tokenizer, config, prompts, log)
     return policy
 
@@ -179,7 +191,7 @@ def make_adapter(policy: Policy, config: RunConfig) -> Policy:
     lora = config.lora
     if lora.rank:
         adapted = add_lora(policy.model, lora.rank, lora.alpha or 2 * lora.rank, lora.target_modules)
-        policy = Policy(adapted, policy.tokenizer, policy.precision)
+        policy = type(policy)(adapted, policy.tokenizer, policy.precision)
     set_gradient_checkpointing(policy.model, config.gradient_checkpointing)
     return policy
 
@@ -247,13 +259,15 @@ def _num_completions(examples: Iterable[TokenizedExample]) -> int:
     return sum(len(example.completion_ids) for example in examples)
 
 
-def _as_configured(policy: Policy, config: RunConfig) -> Policy:
+def _as_configured(policy: Policy, config: RunConfig, kind: type[Policy]) -> Policy:
     """A policy in hand with the arithmetic of the run file; it stays on the device where it is."""
+    if type(policy) is not kind:
+        raise UserError(f"model: the method needs a {kind.__name__}, and the one in hand is a {type(policy).__name__}.")
     if config.device != "auto" and hardware.resolve_device(config.device).type != policy.device.type:
         raise UserError(f"device: the policy in hand is on {policy.device}; move it there, or leave device out.")
     if config.dtype == "auto":
         return policy
-    return Policy(policy.model, policy.tokenizer, hardware.resolve_precision(config.dtype, policy.device))
+    return kind(policy.model, policy.tokenizer, hardware.resolve_precision(config.dtype, policy.device))
 
 
 def _refuse_several_processes() -> None:
@@ -286,7 +300,11 @@ def _heldout_mismatched(config: RunConfig, loss: Loss, datasets: Datasets) -> li
 
 
 def _refuse_idle_options(config: RunConfig, loss: Loss) -> None:
-    if "reference" not in loss.needs and config.reference != ReferenceConfig():
+    if (
+        "reference" not in loss.needs
+        and not config.filled_advantage().kl_weight
+        and config.reference != ReferenceConfig()
+    ):
         raise UserError(f"reference: the loss '{loss.name}' uses no reference, so its settings have no effect.")
 
 

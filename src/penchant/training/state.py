@@ -22,6 +22,8 @@ from penchant.training.optim import trainable_parameters
 TENSORS, FACTS = "training.safetensors", "training.json"
 """The files of a checkpoint beside those of the model."""
 
+_VALUE_HEAD = "value_head."
+
 
 @dataclass(frozen=True)
 class Snapshot:
@@ -45,7 +47,9 @@ def take_snapshot(policy: Policy, optimizer: torch.optim.Optimizer, facts: dict[
     def kept(value: Tensor) -> Tensor:
         return value.detach().to("cpu", copy=copy).contiguous()
 
-    tensors = {f"optimizer.{name}": kept(value) for name, value in _moments(policy.model, optimizer).items()}
+    tensors = {f"optimizer.{name}": kept(value) for name, value in _moments(policy, optimizer).items()}
+    if policy.value_head is not None:  # beside the model, which others load
+        tensors |= {f"{_VALUE_HEAD}{name}": kept(value) for name, value in policy.value_head.state_dict().items()}
     tensors["random.cpu"] = torch.get_rng_state()
     if torch.cuda.is_available():
         tensors |= {f"random.cuda.{i}": state for i, state in enumerate(torch.cuda.get_rng_state_all())}
@@ -73,11 +77,13 @@ def load_state(checkpoint: Checkpoint, policy: Policy, optimizer: torch.optim.Op
     tensors, facts = load_file(checkpoint.folder / TENSORS), read_facts(checkpoint)
     try:
         load_weights(policy.model, checkpoint.folder)
+        if policy.value_head is not None:
+            policy.value_head.load_state_dict(_without_prefix(tensors, _VALUE_HEAD))
         if facts["optimizer"] == type(optimizer).__name__:
             _load_moments(
-                policy.model,
+                policy,
                 optimizer,
-                {name.removeprefix("optimizer."): t for name, t in tensors.items() if name.startswith("optimizer.")},
+                _without_prefix(tensors, "optimizer."),
             )
     except (KeyError, RuntimeError, ValueError) as error:
         raise UserError(f"{checkpoint.folder}: does not fit this model: {' '.join(str(error).split())}") from error
@@ -110,13 +116,18 @@ def _weights(model: nn.Module, kept: Callable[[Tensor], Tensor]) -> dict[str, Te
     return weights
 
 
-def _names(model: nn.Module) -> dict[int, str]:
-    return {id(parameter): name for name, parameter in model.named_parameters()}
+def _without_prefix(tensors: dict[str, Tensor], prefix: str) -> dict[str, Tensor]:
+    """Those whose names begin so, by the rest of their names."""
+    return {name.removeprefix(prefix): tensor for name, tensor in tensors.items() if name.startswith(prefix)}
 
 
-def _moments(model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
+def _names(policy: Policy) -> dict[int, str]:
+    return {id(parameter): name for name, parameter in policy.named_parameters()}
+
+
+def _moments(policy: Policy, optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
     """What the optimizer keeps, by parameter: `model.layers.0.mlp.up_proj.weight:exp_avg`."""
-    names = _names(model)
+    names = _names(policy)
     return {
         f"{names[id(parameter)]}:{key}": value
         for parameter, kept in optimizer.state.items()
@@ -124,8 +135,8 @@ def _moments(model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, Te
     }
 
 
-def _load_moments(model: nn.Module, optimizer: torch.optim.Optimizer, moments: dict[str, Tensor]) -> None:
-    names = _names(model)
+def _load_moments(policy: Policy, optimizer: torch.optim.Optimizer, moments: dict[str, Tensor]) -> None:
+    names = _names(policy)
     places = {
         names[id(parameter)]: i for i, parameter in enumerate(p for g in optimizer.param_groups for p in g["params"])
     }

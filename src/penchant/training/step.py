@@ -60,7 +60,7 @@ def train_step(
     """
     try:
         mean_loss = accumulate_gradient(policy, reference, loss, batches, means, kl_batches)
-        grad_norm = nn.utils.clip_grad_norm_(trainable_parameters(policy.model), max_grad_norm)
+        grad_norm = nn.utils.clip_grad_norm_(trainable_parameters(policy), max_grad_norm)
         means.add("grad_norm", grad_norm.reshape(1))
         outcome = StepOutcome(mean_loss, grad_norm.item(), is_taken=False)
         if outcome.is_finite and accepts(outcome.loss, outcome.grad_norm):
@@ -128,7 +128,7 @@ def accumulate_gradient(
             mean_loss(batch, scored, ref).backward()
         else:
             scored.logps.backward(own_slope)
-        seen.append(TokenLogps(scored.logps.detach(), scored.entropies, scored.log_collisions))
+        seen.append(scored.detached())
     with torch.no_grad():
         logps = logps_for(loss, whole, TokenLogps.join(seen), whole_ref, kl)
         losses = loss(logps)
