@@ -257,6 +257,5 @@ def common(world: World, seed: int) -> dict[str, Any]:
         "num_samples": 0,
         "save_steps": max(1, steps // 4),
         "keep_checkpoints": 10**6,
-        "logging_steps": 5,
         "seed": seed,
     }

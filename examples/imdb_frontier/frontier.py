@@ -126,6 +126,9 @@ def _measure(world: World, run_dir: Path, seed: int) -> None:
     summary = json.loads((run_dir / "summary.json").read_text(encoding="utf-8"))
     places[summary["steps"]] = run_dir / "model"
     times = _times(run_dir)
+    before = 0.0  # PPO has to learn its reward first
+    if run_dir.name.startswith("ppo-kl"):
+        before = json.loads((world.folder / f"reward-{seed}" / "summary.json").read_text(encoding="utf-8"))["wall_s"]
     start: Policy | None = None
     for step, place in sorted(places.items()):
         file = run_dir / "measured" / f"{step}.json"
@@ -134,7 +137,7 @@ def _measure(world: World, run_dir: Path, seed: int) -> None:
         start = start or Policy.from_pretrained(world.start)
         told = _told(world, Policy.from_pretrained(str(place)), start, seed)
         file.parent.mkdir(exist_ok=True)
-        write_json(file, {**told, "step": step, "seconds": times.get(step, summary["wall_s"])})
+        write_json(file, {**told, "step": step, "seconds": before + times[step]})
         print(f"measured   {run_dir.name} step {step}: {_short(told)}", flush=True)
 
 
@@ -178,7 +181,7 @@ def _short(told: dict[str, Any]) -> str:
 
 
 def _times(run_dir: Path) -> dict[int, float]:
-    """Seconds behind which each step was done."""
+    """Seconds from the run's beginning until each step was done."""
     lines = map(json.loads, (run_dir / "metrics.jsonl").read_text(encoding="utf-8").splitlines())
     return {line["step"]: line["time_s"] for line in lines}
 
@@ -280,7 +283,10 @@ def summary(points: Sequence[Point]) -> str:
 
 
 def cost(points: Sequence[Point]) -> str:
-    """How long DPO and PPO took until they first had a reward, at no more than a KL that both reached it with."""
+    """How long DPO and PPO took until they first had a reward, at no more than a KL that both reached it with.
+
+    The time of PPO holds that of its reward model; the pairs, which both learn from, count for neither.
+    """
     lines = ["| reward | KL up to | dpo, s | ppo, s | ppo / dpo |", "|---:|---:|---:|---:|---:|"]
     for reward in (0.6, 0.65, 0.7, 0.75, 0.8, 0.85, 0.9):
         reaching = {
