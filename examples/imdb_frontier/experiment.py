@@ -158,7 +158,7 @@ def _learn_to_write(world: World) -> None:
     )
     model.save_pretrained(world.folder / "untrained")
     tokenizer.save_pretrained(world.folder / "untrained")
-    train(
+    _finish(
         str(world.folder / "untrained"),
         str(world.folder / "openings.jsonl"),
         method="sft",
@@ -173,6 +173,12 @@ def _learn_to_write(world: World) -> None:
         num_samples=2,
         sample_max_new_tokens=size.max_new_tokens,
     )
+
+
+def _finish(model: str, data: str, **settings: Any) -> None:
+    """Trains, or ends the program where training was stopped."""
+    if train(model, data, **settings).summary["status"] == "interrupted":
+        raise SystemExit("stopped; the same command goes on")
 
 
 def _make_pairs(world: World) -> None:
@@ -218,6 +224,7 @@ def online_runs(world: World) -> dict[str, dict[str, Any]]:
     rounds = {"rounds": world.size.rounds, "prompts_per_round": 128}
     ppo = {
         "method": "ppo",
+        "learning_rate": 3e-4,
         "online": rounds,
         "num_train_epochs": 2,
         "sampling": {"max_new_tokens": world.size.max_new_tokens, "batch_size": 128},
@@ -233,12 +240,19 @@ def train_reward_model(world: World, seed: int) -> str:
     """The reward model that PPO learns from, trained on the same pairs."""
     folder = world.folder / f"reward-{seed}"
     if not (folder / "model" / "config.json").exists():
-        train(
+        _finish(
             world.start,
             world.pairs,
             method="reward",
             output_dir=str(folder),
-            **{**common(world, seed), "learning_rate": 3e-4, "eval_size": 0.1, "save_steps": None},
+            **{
+                **common(world, seed),
+                "num_train_epochs": 2,
+                "lr_scheduler": "linear",
+                "weight_decay": 0.1,
+                "eval_size": 0.1,
+                "save_steps": None,
+            },
         )
     return str(folder / "model")
 
@@ -248,7 +262,7 @@ def common(world: World, seed: int) -> dict[str, Any]:
     rows = len(Path(world.pairs).read_text(encoding="utf-8").splitlines())
     steps = math.ceil(rows * world.size.epochs / 64)
     return {
-        "learning_rate": 1e-4,
+        "learning_rate": 5e-4,
         "lr_scheduler": "constant",
         "batch_size": 64,
         "num_train_epochs": world.size.epochs,

@@ -53,6 +53,9 @@ def main() -> int:
     options.folder = options.folder or ROOT / "runs" / ("frontier-smoke" if options.smoke else "frontier")
     world = prepare(options.folder, SMOKE if options.smoke else FULL)
     if options.workers > 1:
+        if any(_is_wanted(name, options.runs) for name in online_runs(world)):
+            for seed in options.seeds:
+                train_reward_model(world, seed)  # which several workers would begin at once
         _work_in_parallel(options)
     else:
         _work(world, options)

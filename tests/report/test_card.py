@@ -161,3 +161,11 @@ def test_a_weighted_sum_is_told_term_by_term(make_run: MakeRun) -> None:
 def test_a_loss_without_settings_is_not_told_twice(make_run: MakeRun) -> None:
     _, body = card_of(make_run({"summary.json": summary_with(loss={"name": "dpo"})}))
     assert "(method `dpo`)" in body
+
+
+def test_a_reward_model_loads_as_a_classifier_whatever_was_trained(make_run: MakeRun) -> None:
+    summary = summary_with(method="reward", loss={"name": "reward", "alpha": 0.0}, lora=True)
+    front, body = card_of(make_run({"summary.json": summary}))
+    assert front["library_name"] == "transformers"
+    assert 'AutoModelForSequenceClassification.from_pretrained("model")' in body
+    assert "CausalLM" not in body

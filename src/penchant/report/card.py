@@ -49,13 +49,15 @@ def _render(run: RunRecord) -> str:
     summary = run.summary
     model, method = str(summary.get("model") or ""), str(summary.get("method") or "")
     accuracy = verdict.held_out_accuracy(run)
+    is_reward_model = as_mapping(summary.get("loss")).get("name") == "reward"  # saved whole, whatever was trained
     return environment.get_template("card.md.j2").render(
         name=last_part(model) or run.name,
         model=model if is_hub_id(model) else last_part(model),
         base_model=model if is_hub_id(model) else "",
         method=method,
         tag=re.sub(r"[^a-z0-9]+", "-", method.lower()).strip("-"),
-        lora=summary.get("lora") is True,
+        lora=summary.get("lora") is True and not is_reward_model,
+        is_reward_model=is_reward_model,
         loss=without_paths(loss_text(as_mapping(summary.get("loss")), method)),
         loss_doc=loss_doc(summary).replace("`", ""),
         reference=str(summary.get("reference") or "").strip(),
