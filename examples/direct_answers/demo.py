@@ -61,7 +61,8 @@ def main() -> int:
         options += ["--model", packaged_model()]
     code = penchant(["train", str(HERE / "run.yaml"), "--overwrite", *options])
     if code == 0:
-        show(Path("runs/direct_answers"))
+        place = options[options.index("--output_dir") + 1] if "--output_dir" in options else "runs/direct_answers"
+        show(Path(place))
     return code
 
 

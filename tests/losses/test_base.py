@@ -17,6 +17,7 @@ from penchant.losses import (
     IPOLoss,
     KTOLoss,
     PlackettLuceDPOLoss,
+    RewardLoss,
     SFTLoss,
     WeightedSum,
     WPOLoss,
@@ -165,6 +166,11 @@ def test_sum_judges_what_all_its_terms_judge() -> None:
 def test_losses_over_different_things_are_not_added(other: Any) -> None:
     with pytest.raises(ValueError, match=rf"judge different things \(dpo: pair, {other.name}: \w+\)"):
         WeightedSum(((1.0, DPOLoss()), (1.0, other)))
+
+
+def test_scores_of_a_reward_model_and_log_probabilities_are_not_added() -> None:
+    with pytest.raises(ValueError, match=r"of reward, dpo only some judge scores"):
+        WeightedSum(((1.0, RewardLoss()), (1.0, DPOLoss())))
 
 
 def test_sum_of_nothing_is_refused() -> None:

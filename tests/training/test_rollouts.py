@@ -231,6 +231,12 @@ def test_prompts_whose_answers_all_score_alike_are_told(settings: dict[str, Any]
     assert "4 of 4 prompts" in event["message"]
 
 
+def test_a_temperature_is_warned_of(settings: dict[str, Any]) -> None:
+    settings["sampling"]["temperature"] = 0.7
+    folder = quietly(settings, method="grpo", max_steps=1)
+    assert [event["code"] for event in rows_of(folder, "events.jsonl") if event["code"] == "narrowed"] == ["narrowed"]
+
+
 @pytest.mark.parametrize(
     ("more", "message"),
     [

@@ -171,6 +171,10 @@ class WeightedSum(Loss):
         if not units:
             judged = ", ".join(f"{loss.name}: {' or '.join(loss.units)}" for loss in losses)
             raise ValueError(f"terms: the losses judge different things ({judged}) and cannot be added")
+        if len({"scores" in loss.needs for loss in losses}) > 1:
+            raise ValueError(
+                f"terms: of {', '.join(names)} only some judge scores of a reward model; they cannot be added"
+            )
         object.__setattr__(self, "name", " + ".join(names))
         object.__setattr__(self, "units", units)
 

@@ -124,6 +124,12 @@ def load_weights(model: nn.Module, folder: Path) -> None:
         parameter.copy_(weights[name])
 
 
+def has_to_be_converted(name: str) -> bool:
+    """Whether this is a GGUF file that has not been converted yet, which takes a minute."""
+    path = Path(name).expanduser()
+    return path.suffix == ".gguf" and path.is_file() and not _folder_of_gguf(path).exists()
+
+
 def cache_folder() -> Path:
     """Where converted models are kept: `$PENCHANT_CACHE`, else `penchant` under the user's cache folder."""
     default = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "penchant"
@@ -179,9 +185,7 @@ def _fetched(hub_id: str, revision: str | None) -> Path:
 
 def _converted_gguf(path: Path) -> Path:
     """The transformers folder of a GGUF file, made on first use and found by the file's content afterwards."""
-    with path.open("rb") as file:
-        digest = hashlib.file_digest(file, "sha256").hexdigest()
-    folder = cache_folder() / "gguf" / f"{path.stem}-{digest[:16]}"
+    folder = _folder_of_gguf(path)
     if folder.exists():
         return folder
 
@@ -202,6 +206,12 @@ def _converted_gguf(path: Path) -> Path:
     model.generation_config = loaded.generation_config
     save_model(model, tokenizer, folder)
     return folder
+
+
+def _folder_of_gguf(path: Path) -> Path:
+    with path.open("rb") as file:
+        digest = hashlib.file_digest(file, "sha256").hexdigest()
+    return cache_folder() / "gguf" / f"{path.stem}-{digest[:16]}"
 
 
 def _unpacked() -> dict[str, Any]:

@@ -75,8 +75,7 @@ class HeldoutAnswers:
     @torch.no_grad()
     def _kl(self, answers: Sequence[Answer]) -> float | None:
         setup = self.setup
-        is_plain = (setup.sampling.temperature, setup.sampling.top_p, setup.sampling.top_k) == (1.0, 1.0, 0)
-        if self.anchor is None or not is_plain:
+        if self.anchor is None or not setup.samples_itself:
             return None
         scored = sequences(setup.datasets.heldout.examples, [one.token_ids for one in answers])
         ratios = []

@@ -59,6 +59,11 @@ class OnlineSetup(Setup):
         return Sampling(plan.temperature, plan.top_p, plan.top_k, plan.max_new_tokens)
 
     @property
+    def samples_itself(self) -> bool:
+        """Whether completions are drawn from the policy as it is."""
+        return (self.sampling.temperature, self.sampling.top_p, self.sampling.top_k) == (1.0, 1.0, 0)
+
+    @property
     def num_completions(self) -> int:
         """Completions of each prompt."""
         return self.sampling_plan.completions or 1
@@ -215,6 +220,12 @@ def set_up_online(
         advantage_plan=advantage_plan,
     )
     _refuse_unfit_reference(setup)
+    if advantage_plan.kind is not None and not setup.samples_itself:
+        message = (
+            "what is sampled is not the policy as it is (sampling.temperature, top_p, top_k), and its log-probabilities"
+            " are: the gradient is that of other completions than those that the policy gives"
+        )
+        log.event("warn", "narrowed", message, step=0)
     return setup
 
 

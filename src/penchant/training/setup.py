@@ -19,7 +19,7 @@ from penchant.losses import Loss, build_loss
 from penchant.models.adapters import add_lora
 from penchant.models.fingerprints import architecture_sha256, weights_sha256
 from penchant.models.gradient_checkpointing import set_gradient_checkpointing
-from penchant.models.load import cache_folder
+from penchant.models.load import cache_folder, has_to_be_converted
 from penchant.models.trust import refuse_old_versions
 from penchant.scoring.layout import PADDED, Layout, choose_layout, trouble_with
 from penchant.scoring.logps_store import LogpsStore, store_name
@@ -173,7 +173,7 @@ def load_policy(
     else:
         device = hardware.resolve_device(config.device)
         precision = hardware.resolve_precision(config.dtype, device)
-        note = " (converted on first use, which takes a minute)" if config.model.endswith(".gguf") else ""
+        note = " (converted on first use, which takes a minute)" if has_to_be_converted(config.model) else ""
         log.say("model", f"loading {config.model}{note}")
         policy = kind.from_pretrained(config.model, device, precision)
     _choose_template(policy.tokenizer, config, prompts, log)
