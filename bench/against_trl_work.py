@@ -36,7 +36,7 @@ LENGTHS = {
     # Tokens of prompt, chosen and rejected: mean and median.
     # HH: harmless-base, test split, in the tokens of SmolLM2 and without a chat template.
     "hh": ((125, 98), (40, 27), (50, 35)),
-    # UltraFeedback: means of Cui et al. 2023 (arXiv:2310.01377), table 1. They give no medians: these are assumed.
+    # UltraFeedback: means as remembered from Cui et al. 2023 (arXiv:2310.01377), not looked up again; medians assumed.
     "ultrafeedback": ((185, 120), (305, 260), (305, 260)),
 }
 

@@ -86,7 +86,7 @@ def _work(world: World, options: Any) -> None:
     """All runs, or those of this worker's share, trained and measured."""
     number, of = map(int, (options.share or "0/1").split("/"))
     names = [*online_runs(world), *offline_runs(), "best-of-n"]  # the longest first
-    wanted = [(seed, name) for name in names for seed in options.seeds if _is_wanted(name, options.runs)]
+    wanted = [(seed, name) for seed in options.seeds for name in names if _is_wanted(name, options.runs)]
     for seed, name in wanted[number::of]:
         run_dir = world.folder / "runs" / f"{name.replace(' ', '-')}-{seed}"
         if name == "best-of-n":
