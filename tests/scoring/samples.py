@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from penchant.scoring.layout import PACKED, PADDED, PREFIX_SHARED, Layout, trouble_with
 from penchant.scoring.policy import Policy
 from penchant.scoring.reference import FrozenModel
-from penchant.types import Batch, TokenizedExample
+from penchant.types import Batch, Rollout, TokenizedExample
 
 VOCAB = 96
 LAYOUTS = [PADDED, PACKED, PREFIX_SHARED]
@@ -22,6 +22,7 @@ LENGTHS: dict[str, list[list[int]]] = {
     "unpaired": [[3], [9], [1], [4], [7], [2]],
     "unlabelled": [[3], [9], [1], [4], [7], [2]],
     "ranking": [[3, 5, 1], [9, 2], [1, 6, 4, 2], [4, 4], [7, 1, 3], [2, 8, 5]],
+    "rollout": [[3, 5, 1], [9, 2], [1, 6, 4, 2], [4, 4], [7, 1, 3], [2, 8, 5]],
 }
 """Tokens of each example's completions."""
 
@@ -31,7 +32,7 @@ LABELS = [True, False, False, True, True, False]
 
 
 def ragged(kind: str) -> list[TokenizedExample]:
-    """Six examples: "pair" (with margins and win probabilities), "unpaired", "unlabelled" or "ranking"."""
+    """Six examples: "pair" (with margins and win probabilities), "unpaired", "unlabelled", "ranking", "rollout"."""
     generator = torch.Generator().manual_seed(3)
 
     def some(number: int) -> list[int]:
@@ -44,11 +45,19 @@ def ragged(kind: str) -> list[TokenizedExample]:
             said = {"margin": 0.25 * place, "win_probabilities": (0.5 + place / 16, 0.5 - place / 32)}
         elif kind == "unpaired":
             said = {"is_desirable": LABELS[place]}
+        elif kind == "rollout":
+            said = {"rollouts": tuple(_rollout(length, generator) for length in lengths)}
         completions = tuple(map(some, lengths))
         examples.append(
             TokenizedExample(some(PROMPT_LENGTHS[place]), completions, 10 + place, weight=WEIGHTS[place], **said)
         )
     return examples
+
+
+def _rollout(length: int, generator: torch.Generator) -> Rollout:
+    """Log-probabilities about those of the policy, so that some tokens are clipped and some are not."""
+    advantages, near, returns, values = torch.randn(4, length, generator=generator, dtype=torch.float64).tolist()
+    return Rollout(advantages, [-4.5 + 0.5 * value for value in near], returns, values)
 
 
 def make_model(seed: int = 0) -> nn.Module:
@@ -82,11 +91,17 @@ def move(model: nn.Module, seed: int = 8, by: float = 0.05) -> None:
 
 def moved_policy() -> tuple[Policy, FrozenModel]:
     """A policy that has left its reference; both attend in segments where a batch asks for it."""
-    policy = Policy(make_model(), None)
+    policy = Policy(make_model(), None, value_head=make_head())
     assert trouble_with(PREFIX_SHARED, policy, ragged("pair")) is None
     reference = FrozenModel.copy_of(policy)
     move(policy.model)
     return policy, reference
+
+
+def make_head() -> nn.Module:
+    """What a method with a value head reads off the hidden states."""
+    torch.manual_seed(9)
+    return nn.Linear(16, 1).double()
 
 
 def plain_models() -> tuple[nn.Module, nn.Module]:

@@ -21,10 +21,19 @@ from penchant.scoring.policy import Policy
 from penchant.scoring.reference import FrozenModel, Reference
 from penchant.training.optim import make_optimizer, set_rate
 from penchant.training.step import accumulate_gradient, train_step
-from penchant.types import Batch, Logps, PairLogps, PairTokens, RankedLogps, SequenceLogps, TokenizedExample
+from penchant.types import (
+    Batch,
+    Logps,
+    PairLogps,
+    PairTokens,
+    RankedLogps,
+    RolloutLogps,
+    SequenceLogps,
+    TokenizedExample,
+)
 
 from ..scoring.alone import collisions_alone, logps_alone
-from ..scoring.samples import cut, gradient_of, moved_policy, plain_models, ragged
+from ..scoring.samples import cut, gradient_of, make_head, moved_policy, plain_models, ragged
 
 MAX_LENGTH = 24
 
@@ -146,19 +155,54 @@ def sequence_record(
     )
 
 
+def values_alone(example: TokenizedExample, completion: Sequence[int]) -> Tensor:
+    """What the value head says before every token of one completion."""
+    ids = torch.tensor([[*example.prompt_ids, *completion]])
+    hidden = models()["policy"].transformer(ids).last_hidden_state[0]
+    return make_head()(hidden)[len(example.prompt_ids) - 1 : -1, 0]
+
+
+def rollout_record(loss: Loss, examples: Sequence[TokenizedExample]) -> RolloutLogps:
+    rollouts = [rollout for example in examples for rollout in example.rollouts]
+    lengths = [len(ids) for example in examples for ids in example.completion_ids]
+
+    def told(name: str) -> Tensor:
+        return torch.tensor([value for rollout in rollouts for value in getattr(rollout, name)], dtype=torch.float64)
+
+    def tokens(model: str) -> Tensor:
+        return torch.cat([scored(model, tuple(e.prompt_ids), tuple(ids)) for e in examples for ids in e.completion_ids])
+
+    weights = [example.weight for example in examples for _ in example.completion_ids]
+    return RolloutLogps(
+        tokens("policy"),
+        told("old_logps"),
+        tokens("ref") if "reference" in loss.needs else None,
+        told("advantages"),
+        torch.arange(len(lengths)).repeat_interleave(torch.tensor(lengths)),
+        torch.tensor(lengths),
+        torch.cat([values_alone(e, ids) for e in examples for ids in e.completion_ids]),
+        told("old_values"),
+        told("returns"),
+        sum(weight * length for weight, length in zip(weights, lengths, strict=True)) / sum(weights),
+    )
+
+
 def loss_and_gradient_alone(
     loss: Loss, examples: Sequence[TokenizedExample], kl_examples: Sequence[TokenizedExample]
 ) -> tuple[float, Tensor]:
     """The weighted mean of the losses, by one graph over single unpadded sequences."""
     record: Logps
-    if loss.units == ("ranking",):
+    weights = [example.weight for example in examples]
+    if loss.units == ("rollout",):
+        record, weights = rollout_record(loss, examples), [e.weight for e in examples for _ in e.completion_ids]
+    elif loss.units == ("ranking",):
         record = ranked_record(examples)
     elif len(examples[0].completion_ids) == 2:
         record = pair_record(loss, examples)
     else:
         record = sequence_record(loss, examples, kl_examples)
-    weights = torch.tensor([example.weight for example in examples], dtype=torch.float64)
-    value = (loss(record) * weights).sum() / weights.sum()
+    weight = torch.tensor(weights, dtype=torch.float64)
+    value = (loss(record) * weight).sum() / weight.sum()
     return value.item(), gradient_alone(value)
 
 
@@ -185,6 +229,8 @@ def accumulated(
     kl_batches: Sequence[Batch] = (),
 ) -> tuple[dict[str, float | None], Tensor]:
     policy.model.zero_grad()
+    assert policy.value_head is not None
+    policy.value_head.zero_grad()
     means = Means()
     accumulate_gradient(policy, reference if "reference" in loss.needs else None, loss, batches, means, kl_batches)
     return means.means(), gradient_of(policy.model)
@@ -207,7 +253,7 @@ CUTS = [(PADDED, [6]), (PADDED, [3, 1, 2]), (PADDED, [1] * 6), (PREFIX_SHARED, [
 
 def test_the_cases_ask_for_all_that_a_loss_may_need() -> None:
     assert {need for settings in SETTINGS.values() for need in build_loss(settings).needs} == set(NEEDS)
-    assert {kind_of(case) for case in SETTINGS} == {"pair", "unpaired", "unlabelled", "ranking"}
+    assert {kind_of(case) for case in SETTINGS} == {"pair", "unpaired", "unlabelled", "ranking", "rollout"}
 
 
 @EVERY_CASE
@@ -345,7 +391,7 @@ def test_the_gradient_is_scaled_down_to_the_norm() -> None:
             seen["norm"] = torch.cat([gradient.flatten() for gradient in gradients]).norm().item()
 
     means = Means()
-    optimizer = Watching(policy.parameters(), lr=0.0)
+    optimizer = Watching(policy.model.parameters(), lr=0.0)
     train_step(policy, reference, DPOLoss(beta=5.0), [PADDED.collate(ragged("pair"))], optimizer, 0.01, means)
     assert seen["norm"] == pytest.approx(0.01, rel=1e-3)
     assert means.means()["grad_norm"] > 0.01
