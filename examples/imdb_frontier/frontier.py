@@ -5,7 +5,7 @@ of a laptop: a small model that writes openings of film reviews is to write posi
 same pairs, except PPO, which samples its own completions: `ppo` is rewarded by a model that was trained on the pairs,
 `ppo-gt` by the true reward.
 
-    python examples/imdb_frontier/frontier.py --workers 2         # the whole, about an hour on two cores
+    python examples/imdb_frontier/frontier.py --workers 2         # the whole: a seed takes longer than half an hour
     python examples/imdb_frontier/frontier.py --smoke             # does every line work?
 
 Stopped, the same command goes on. The table comes out at the end, and with --output FILE as Markdown, beside a chart.
