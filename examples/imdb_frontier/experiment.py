@@ -22,6 +22,12 @@ from penchant.scoring.policy import Policy
 SAMPLES = 4
 """Completions of each prefix, which make 6 pairs."""
 
+LEARNING_RATE = 2e-4
+"""Of every method alike. With 5e-4 a strong beta still lets DPO go 11 nats; with 1e-4 nobody gets far in one epoch."""
+
+REWARD_LEARNING_RATE = 5e-4
+"""Of the reward model: with 1e-4 it is right about 54% of held-out pairs after an epoch, and not about 60%."""
+
 
 @dataclass(frozen=True)
 class Size:
@@ -207,14 +213,11 @@ def _make_pairs(world: World) -> None:
 
 
 def offline_runs() -> dict[str, dict[str, Any]]:
-    """The methods over pairs, at the strengths that the paper tries."""
+    """The methods over pairs, at strengths that the paper tries."""
     return {
-        **{f"dpo beta {beta:g}": {"method": "dpo", "loss": {"beta": beta}} for beta in (0.05, 0.1, 1.0, 5.0)},
-        **{f"ipo beta {beta:g}": {"method": "ipo", "loss": {"beta": beta}} for beta in (0.1, 0.5, 1.0)},
-        **{
-            f"unlikelihood alpha {alpha:g}": {"method": "unlikelihood", "loss": {"alpha": alpha}}
-            for alpha in (0.05, 0.5, 1.0)
-        },
+        **{f"dpo beta {beta:g}": {"method": "dpo", "loss": {"beta": beta}} for beta in (0.05, 0.1, 1.0)},
+        **{f"ipo beta {beta:g}": {"method": "ipo", "loss": {"beta": beta}} for beta in (0.1, 1.0)},
+        "unlikelihood alpha 0.5": {"method": "unlikelihood", "loss": {"alpha": 0.5}},
         "preferred-ft": {"method": "sft"},
     }
 
@@ -224,7 +227,6 @@ def online_runs(world: World) -> dict[str, dict[str, Any]]:
     rounds = {"rounds": world.size.rounds, "prompts_per_round": 128}
     ppo = {
         "method": "ppo",
-        "learning_rate": 3e-4,
         "online": rounds,
         "num_train_epochs": 2,
         "sampling": {"max_new_tokens": world.size.max_new_tokens, "batch_size": 128},
@@ -232,7 +234,7 @@ def online_runs(world: World) -> dict[str, dict[str, Any]]:
     return {
         f"{name} kl {weight:g}": {**ppo, "advantage": {"kl_weight": weight, "value_learning_rate": 1e-3}}
         for name in ("ppo", "ppo-gt")
-        for weight in (0.2, 0.05, 0.02, 0.005)
+        for weight in (0.05, 0.005)
     }
 
 
@@ -240,21 +242,22 @@ def train_reward_model(world: World, seed: int) -> str:
     """The reward model that PPO learns from, trained on the same pairs."""
     folder = world.folder / f"reward-{seed}"
     if not (folder / "model" / "config.json").exists():
-        _finish(
-            world.start,
-            world.pairs,
-            method="reward",
-            output_dir=str(folder),
-            **{
-                **common(world, seed),
-                "num_train_epochs": 2,
-                "lr_scheduler": "linear",
-                "weight_decay": 0.1,
-                "eval_size": 0.1,
-                "save_steps": None,
-            },
-        )
+        _finish(world.start, world.pairs, output_dir=str(folder), **reward_settings(world, seed))
     return str(folder / "model")
+
+
+def reward_settings(world: World, seed: int) -> dict[str, Any]:
+    """How the reward model is trained."""
+    return {
+        **common(world, seed),
+        "method": "reward",
+        "learning_rate": REWARD_LEARNING_RATE,
+        "num_train_epochs": 2,
+        "lr_scheduler": "linear",
+        "weight_decay": 0.1,
+        "eval_size": 0.1,
+        "save_steps": None,
+    }
 
 
 def common(world: World, seed: int) -> dict[str, Any]:
@@ -262,7 +265,7 @@ def common(world: World, seed: int) -> dict[str, Any]:
     rows = len(Path(world.pairs).read_text(encoding="utf-8").splitlines())
     steps = math.ceil(rows * world.size.epochs / 64)
     return {
-        "learning_rate": 5e-4,
+        "learning_rate": LEARNING_RATE,
         "lr_scheduler": "constant",
         "batch_size": 64,
         "num_train_epochs": world.size.epochs,

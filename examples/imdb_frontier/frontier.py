@@ -20,18 +20,18 @@ import os
 import subprocess
 import sys
 from collections.abc import Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+from cost import Cost, measured_costs
 from experiment import FULL, SMOKE, World, common, offline_runs, online_runs, prepare, train_reward_model
+from outcome import cost_table, draw, leads, measured, reached, table
 
 from penchant import train
 from penchant.config import JudgeConfig
 from penchant.disk import write_json
 from penchant.evaluate.answers import answer, distance
-from penchant.evaluate.wins import mean_with_interval
 from penchant.online.judges import RuleJudge, make_judge
 from penchant.scoring.policy import Policy
 
@@ -43,7 +43,7 @@ def main() -> int:
     """Does what is not done yet, and prints what came out."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--folder", type=Path, help="where everything is kept; default: runs/frontier")
-    parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1])
+    parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2])
     parser.add_argument("--workers", type=int, default=1, help="processes, one thread each, that share the runs")
     parser.add_argument("--runs", nargs="+", help="only these, by the beginnings of their names")
     parser.add_argument("--smoke", action="store_true", help="a tiny model and few steps")
@@ -189,157 +189,21 @@ def _times(run_dir: Path) -> dict[int, float]:
     return {line["step"]: line["time_s"] for line in lines}
 
 
-@dataclass(frozen=True)
-class Point:
-    """A measured policy: means over prefixes and seeds, with 95% intervals of the rewards."""
-
-    name: str
-    step: int
-    kl: float
-    reward: float
-    low: float
-    high: float
-    gold: float
-    gold_low: float
-    gold_high: float
-    length: float
-    seconds: float
-    by_seed: tuple[float, ...]
-    """The mean reward of each seed."""
-
-
-def points_of(world: World, seeds: Sequence[int]) -> list[Point]:
-    """What has been measured: for each run and step the mean over the seeds that have it."""
-    found = []
-    for name in [*offline_runs(), *online_runs(world), "best-of-n"]:
-        folders = [world.folder / "runs" / f"{name.replace(' ', '-')}-{seed}" / "measured" for seed in seeds]
-        steps = {int(path.stem) for folder in folders for path in folder.glob("*.json")}
-        for step in sorted(steps):
-            paths = [folder / f"{step}.json" for folder in folders]
-            told = [json.loads(path.read_text(encoding="utf-8")) for path in paths if path.exists()]
-            found.append(_point(name, step, told))
-    return found
-
-
-def _point(name: str, step: int, told: Sequence[dict[str, Any]]) -> Point:
-    # A prefix is the unit: its mean over seeds is one observation.
-    reward, gold, kl = (np.mean([one[key] for one in told], axis=0) for key in ("reward", "gold", "kl"))
-    rewards, golds = mean_with_interval(reward), mean_with_interval(gold)
-    return Point(
-        name, step, float(kl.mean()), rewards.value, rewards.low, rewards.high, golds.value, golds.low, golds.high,
-        float(np.mean([one["length"] for one in told])), float(np.median([one["seconds"] for one in told])),
-        tuple(float(np.mean(one["reward"])) for one in told),
-    )  # fmt: skip
-
-
-def frontier(points: Sequence[Point]) -> list[Point]:
-    """Those that no other one beats in both: a higher reward at a smaller KL."""
-    return [
-        one
-        for one in points
-        if not any(
-            (other.reward, -other.kl) != (one.reward, -one.kl) and other.reward >= one.reward and other.kl <= one.kl
-            for other in points
-        )
-    ]
-
-
-def family_of(name: str) -> str:
-    """The method of a run without its strength."""
-    return name.split(" ")[0]
-
-
-def table(points: Sequence[Point]) -> str:
-    """All points, the method in the first column."""
-    lines = [
-        "| run | step | KL, nats | true reward | by seed | gold reward | tokens | seconds |",
-        "|---|---:|---:|---:|---|---:|---:|---:|",
-    ]
-    best = {(one.name, one.step) for one in frontier(points)}
-    for one in points:
-        mark = "**" if (one.name, one.step) in best else ""
-        lines.append(
-            f"| {mark}{one.name}{mark} | {one.step} | {one.kl:.2f} | {one.reward:.3f} ({one.low:.3f} to {one.high:.3f})"
-            f" | {', '.join(f'{value:.3f}' for value in one.by_seed)} | {one.gold:.3f} ({one.gold_low:.3f} to "
-            f"{one.gold_high:.3f}) | {one.length:.0f} | {one.seconds:.0f} |"
-        )
-    return "\n".join(lines)
-
-
-def reward_at(points: Sequence[Point], family: str, kl: float) -> float | None:
-    """The highest reward that a method reached at no more than this KL."""
-    reached = [one.reward for one in points if family_of(one.name) == family and one.kl <= kl]
-    return max(reached) if reached else None
-
-
-def summary(points: Sequence[Point]) -> str:
-    """What each method reached within some distances from the start."""
-    distances = (1.0, 2.0, 4.0, 8.0, 16.0)
-    lines = [
-        "| method | " + " | ".join(f"KL up to {kl:g}" for kl in distances) + " |",
-        "|---|" + "---:|" * len(distances),
-    ]
-    for family in dict.fromkeys(family_of(one.name) for one in points):
-        reached = [reward_at(points, family, kl) for kl in distances]
-        lines.append(f"| {family} | " + " | ".join("" if r is None else f"{r:.3f}" for r in reached) + " |")
-    return "\n".join(lines)
-
-
-def cost(points: Sequence[Point]) -> str:
-    """How long DPO and PPO took until they first had a reward, at no more than a KL that both reached it with.
-
-    The time of PPO holds that of its reward model; the pairs, which both learn from, count for neither.
-    """
-    lines = ["| reward | KL up to | dpo, s | ppo, s | ppo / dpo |", "|---:|---:|---:|---:|---:|"]
-    for reward in (0.6, 0.65, 0.7, 0.75, 0.8, 0.85, 0.9):
-        reaching = {
-            family: [one for one in points if family_of(one.name) == family and one.reward >= reward]
-            for family in ("dpo", "ppo")
-        }
-        if not all(reaching.values()):
-            continue
-        kl = max(min(one.kl for one in own) for own in reaching.values())
-        dpo, ppo = (min(one.seconds for one in own if one.kl <= kl) for own in reaching.values())
-        lines.append(f"| {reward:.2f} | {kl:.1f} | {dpo:.0f} | {ppo:.0f} | {ppo / dpo:.1f} |")
-    return "\n".join(lines)
-
-
-def draw(points: Sequence[Point], path: Path) -> None:
-    """The chart: reward against KL, a colour and a mark for each method."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-
-    figure, panels = plt.subplots(1, 2, figsize=(11, 4.6), sharex=True)
-    marks = "osD^vP*X"
-    for number, family in enumerate(dict.fromkeys(family_of(one.name) for one in points)):
-        own = [one for one in points if family_of(one.name) == family]
-        for panel, key in zip(panels, ("reward", "gold"), strict=True):
-            panel.plot(
-                [max(one.kl, 0.01) for one in own], [getattr(one, key) for one in own],
-                linestyle="", marker=marks[number % len(marks)], alpha=0.75, label=family,
-            )  # fmt: skip
-    for panel, title in zip(panels, ("true reward", "gold reward, never trained on"), strict=True):
-        panel.set(xlabel="KL from the start, nats a completion", ylabel="mean reward", title=title, xscale="symlog")
-        panel.grid(alpha=0.3)
-    panels[0].legend(fontsize=8)
-    figure.tight_layout()
-    figure.savefig(path)
-
-
 def _publish(world: World, options: Any) -> None:
-    points = points_of(world, options.seeds)
+    found = measured(world, options.seeds)
+    methods = {one.method for one in found}
+    costs: dict[str, Cost] = measured_costs(world) if {"dpo", "ppo"} <= methods else {}
     parts = {
-        "What each method reached": summary(points),
-        "The time to the same reward": cost(points),
-        "All points": table(points),
+        "What each method reached": reached(found),
+        "DPO's lead": leads(found),
+        "The cost of the same reward": cost_table(found, costs),
+        "All points": table(found),
     }
     text = "\n\n".join(f"### {title}\n\n{part}" for title, part in parts.items())
     print("\n" + text)
     if options.output:
         options.output.write_text(text + "\n", encoding="utf-8")
-        draw(points, options.output.with_suffix(".svg"))
+        draw(found, options.output.with_suffix(".svg"))
 
 
 if __name__ == "__main__":

@@ -22,6 +22,11 @@ def plain_text(text: Text) -> str:
     return "\n\n".join(f"{message['role']}: {message['content']}" for message in text)
 
 
+def has_answers(prompt: Text) -> bool:
+    """Whether a prompt holds turns of the assistant."""
+    return not isinstance(prompt, str) and any(message["role"] == "assistant" for message in prompt)
+
+
 Finished = tuple[bool, ...] | None
 """Which of an example's completions ended by themselves (None: all); the others were cut off, and teach no end."""
 
@@ -61,6 +66,8 @@ class Unpaired:
     source: str = ""
     weight: float = 1.0
     finished: Finished = None
+    is_conversation: bool = False
+    """Whether nobody judged it and the prompt holds earlier answers, which are worth as much as the completion."""
 
     @property
     def completions(self) -> tuple[Text, ...]:

@@ -359,7 +359,7 @@ UNPAIRED_ROWS: dict[str, tuple[dict[str, Any], Unpaired]] = {
     ),
     "messages beside a prompt, which is their first turn": (
         {"prompt": "Is it?", "messages": [QUESTION, YES, user("Sure?"), NO]},
-        Unpaired([QUESTION, YES, user("Sure?")], [NO], None, "rows[0]"),
+        Unpaired([QUESTION, YES, user("Sure?")], [NO], None, "rows[0]", is_conversation=True),
     ),
     "conversations with a tag and a system column": (
         {
@@ -381,6 +381,10 @@ UNPAIRED_ROWS: dict[str, tuple[dict[str, Any], Unpaired]] = {
         Unpaired(
             [said("system", "S"), user("h1"), assistant("a1"), user("Add\n1 1")], [assistant("3")], False, "rows[0]"
         ),
+    ),
+    "a question with its worked answer": (
+        {"question": "Is it?", "answer": "Yes."},
+        Unpaired([QUESTION], [YES], None, "rows[0]"),
     ),
     "alpaca without a label": (
         {"instruction": "Is it?", "input": "", "output": "Yes."},

@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from penchant.data.formats import CHECKS
-from penchant.data.units import UNIT_CHECKS, Rankings, Unit, as_unit, unit_of
+from penchant.data.units import UNIT_CHECKS, Rankings, Unit, as_unit, every_answer, unit_of
 from penchant.types import Example, Pair, Ranking, Unpaired
 
 PAIR = Pair("p", "good", "bad", "f:1", weight=2.0, margin=1.5, win_probabilities=(0.75, 0.25))
@@ -249,3 +249,28 @@ def test_pairs_of_a_ranking_take_the_flags_of_their_completions() -> None:
         ("a", "c"): None,
         ("b", "c"): (False, True),
     }
+
+
+def test_every_answer_of_a_conversation_is_an_example_behind_what_was_said_before() -> None:
+    turns = [{"role": role, "content": str(place)} for place, role in enumerate(("system", *("user", "assistant") * 3))]
+    last = Unpaired(turns[:6], turns[6:], None, "f:1", 2.0, (False,), is_conversation=True)
+    made = every_answer([SINGLE, last])
+    assert made[0] == SINGLE
+    assert [example.completion for example in made[1:]] == [[turns[2]], [turns[4]], [turns[6]]]
+    assert [example.prompt for example in made[1:]] == [turns[:2], turns[:4], turns[:6]]
+    assert [example.finished for example in made[1:]] == [None, None, (False,)]  # only the last one can be cut off
+    assert {(example.source, example.weight) for example in made[1:]} == {("f:1", 2.0)}
+
+
+def test_what_stands_apart_or_is_judged_keeps_its_one_answer() -> None:
+    turns = [{"role": role, "content": role} for role in ("user", "assistant", "user")]
+    answer = [{"role": "assistant", "content": "good"}]
+    apart, judged = Unpaired(turns, answer, None), Unpaired(turns, answer, True)
+    assert every_answer([apart, judged]) == [apart, judged]
+
+
+def test_an_answer_nobody_asked_for_is_no_example() -> None:
+    roles = ("system", "assistant", "user", "assistant", "assistant", "user")
+    turns = [{"role": role, "content": str(place)} for place, role in enumerate(roles)]
+    last = Unpaired(turns, [{"role": "assistant", "content": "last"}], None, is_conversation=True)
+    assert [example.completion for example in every_answer([last])] == [[turns[3]], last.completion]

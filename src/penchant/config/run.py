@@ -42,6 +42,8 @@ class RunConfig(Section):
     """Read all rows as this row family (trl, hh, sharegpt, ...) instead of recognising each; docs/guide.md has them."""
     eval_size: float = Field(default=0.05, ge=0)
     """Held out from data when there is no eval_data: a share below 1, or a number of rows; 0 holds out none."""
+    turns: Literal["all", "last"] = "all"
+    """Which answers of a conversation (messages or conversations) without a label are learned: all, or the last."""
     pairs_from_rankings: Literal["best_worst", "best_rest", "all"] = "best_worst"
     """Which pairs a method over pairs takes from a ranking: best and worst, best and each other, or all of them."""
     output_dir: str | None = None
@@ -183,7 +185,7 @@ class RunConfig(Section):
                 f"judge.name: method {self.method} needs a judge: rule (a Python function), reward (a model), implicit "
                 "(two language models) or server (a language model behind a URL)"
             )
-        for name in ("drop", "min_margin", "weigh_by_margin", "pairs_from_rankings", "truncation"):
+        for name in ("turns", "drop", "min_margin", "weigh_by_margin", "pairs_from_rankings", "truncation"):
             if getattr(self, name) != self._default(name):
                 raise ValueError(f"{name}: has no effect with method {self.method}, which takes only prompts from data")
         self._refuse_idle_advantage()

@@ -11,7 +11,7 @@ intel      question with chosen and rejected
 ranked     prompt (or instruction, question, input) with a list of completions and their scores or ranks; `rankings`
            takes it apart
 unpaired   one completion, perhaps with a label: prompt (or instruction, question, input) and completion; messages (or
-           conversations, or completion) that end with it; instruction and output
+           conversations, or completion) that end with it; instruction and output; question and answer
 
 A `system` column may stand beside all but openai. All but the last two are pairs. Whatever cannot train is refused with
 a `RefusedError`. Of every row that has one the prompt alone can be had, also where no completion stands beside it.
@@ -52,7 +52,7 @@ from penchant.data.messages import (
 )
 from penchant.data.rankings import completions_of, finished_in_order, has_completions, names_of, order_of
 from penchant.errors import UserError, nearest
-from penchant.examples import Example, Message, Pair, Ranking, Text, Unpaired
+from penchant.examples import Example, Message, Pair, Ranking, Text, Unpaired, has_answers
 
 _QUESTIONS = ("instruction", "question", "input")
 """Columns that hold the question where there is no `prompt`; the first that is filled counts."""
@@ -124,7 +124,9 @@ def _build_unpaired(row: Row, parts: Parts, source: str) -> Unpaired:
     refuse_tools(row, "the row")
     check_example(parts, ["completion"])
     prompt, completion = parts
-    return Unpaired(prompt, completion, label_of(row), source, weight_of(row), finished_of(row, ["finished"]))
+    label, columns = label_of(row), (weight_of(row), finished_of(row, ["finished"]))
+    is_conversation = label is None and _is_conversation(row) and has_answers(prompt)
+    return Unpaired(prompt, completion, label, source, *columns, is_conversation=is_conversation)
 
 
 def _build_ranking(row: Row, parts: Parts, source: str) -> Ranking:
@@ -236,8 +238,9 @@ def _read_unpaired(row: Row) -> Parts:
         return with_system(row, _split_conversation(row, "completion"))
     if "conversations" in row or "messages" in row:
         return with_system(row, _split_conversation(row, _conversation_key(row)))
-    if "instruction" in row or "output" in row:
-        return _answered(row, ["output"], [text_or_messages(row, "output")])
+    name = "answer" if "answer" in row and "output" not in row else "output"
+    if "instruction" in row or name in row:
+        return _answered(row, [name], [text_or_messages(row, name)])
     raise RefusedError(
         "D02",
         f"the row has a label but no completion (keys {keys_of(row)}); add prompt and completion, or messages",
@@ -319,8 +322,14 @@ def _has_prompt_alone(row: Row) -> bool:
     return _is_question(row) or any(key in row for key in ("prompt", "messages", "conversations"))
 
 
+def _is_conversation(row: Row) -> bool:
+    return "completion" not in row and ("conversations" in row or "messages" in row)
+
+
 def _is_single(row: Row) -> bool:
-    return any(key in row for key in ("label", "kto_tag", "completion", "messages", "conversations", "output"))
+    if any(key in row for key in ("label", "kto_tag", "completion", "messages", "conversations", "output")):
+        return True
+    return "answer" in row and _is_question(row)
 
 
 PAIRS: tuple[Family, ...] = (

@@ -28,7 +28,7 @@ from penchant.data.flat import COLUMNS, FlatExamples, flattened
 from penchant.disk import is_leftover, new_folder, remove_folder, sha256_of
 from penchant.examples import Example, Pair, Ranking, Unpaired
 
-FORMAT = 1
+FORMAT = 2
 """Raised whenever what is written changes."""
 
 MOST_BYTES = 20 * 10**9

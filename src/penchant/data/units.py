@@ -4,12 +4,13 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Hashable, Sequence
+from dataclasses import replace
 from itertools import combinations
 from typing import Literal
 
 from penchant.data.formats import RowProblem
 from penchant.data.messages import RefusedError
-from penchant.examples import Example, Finished, Pair, Ranking, Text, Unpaired
+from penchant.examples import Example, Finished, Message, Pair, Ranking, Text, Unpaired, has_answers
 
 Unit = Literal["pair", "unpaired", "ranking"]
 """What a loss looks at: two completions, one, or an ordered list."""
@@ -164,6 +165,36 @@ def _pair_up(examples: Sequence[Example]) -> dict[int, Unpaired]:
         for one, other in zip(undesirable, desirable, strict=False):
             partners[one], partners[other] = singles[other], singles[one]
     return partners
+
+
+def every_answer(examples: Sequence[Example]) -> list[Example]:
+    """The examples, with one for each answer of a conversation, behind all that was said before it.
+
+    That costs more tokens than a mask over the whole conversation would, and is exact for every chat template: some
+    write earlier answers otherwise than the last (without their thoughts, say), and a model answers as they do.
+    """
+    made: list[Example] = []
+    for example in examples:
+        if isinstance(example, Unpaired) and example.is_conversation:
+            made += [*_earlier_answers(example), example]
+        else:
+            made.append(example)
+    return made
+
+
+def _earlier_answers(last: Unpaired) -> list[Unpaired]:
+    turns: Sequence[Message] = () if isinstance(last.prompt, str) else last.prompt
+    return [
+        replace(
+            last,
+            prompt=turns[:place],
+            completion=turns[place : place + 1],
+            finished=None,
+            is_conversation=has_answers(turns[:place]),
+        )
+        for place in range(1, len(turns))
+        if turns[place]["role"] == "assistant" and turns[place - 1]["role"] not in ("assistant", "system")
+    ]
 
 
 def key_of(prompt: Text) -> Hashable:

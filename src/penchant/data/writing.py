@@ -20,7 +20,7 @@ from penchant.data.columns import FINISHED
 from penchant.data.formats import RowProblem, stream_rows
 from penchant.disk import new_file
 from penchant.errors import UserError, nearest
-from penchant.examples import Example, Message, Pair, Text, Unpaired
+from penchant.examples import Example, Message, Pair, Text, Unpaired, has_answers
 
 WRITTEN = ("trl", "sharegpt", "openai")
 """The row families that can be written."""
@@ -79,6 +79,8 @@ def _row_of(example: Example, family: str) -> dict[str, Any]:
 
 
 def _trl_row(example: Pair | Unpaired) -> dict[str, Any]:
+    if isinstance(example, Unpaired) and example.is_conversation:
+        return {"messages": [*_messages(example.prompt), *_messages(example.completion)], **_columns(example)}
     row: dict[str, Any] = {"prompt": _plain(example.prompt)}
     if isinstance(example, Pair):
         row |= {"chosen": _plain(example.chosen), "rejected": _plain(example.rejected)}
@@ -97,6 +99,9 @@ def _sharegpt_row(example: Pair | Unpaired) -> dict[str, Any]:
             raise _CannotHoldError("completions of one message")
         return turn(messages[0])
 
+    is_unjudged = isinstance(example, Unpaired) and example.is_desirable is None
+    if is_unjudged and has_answers(example.prompt) and not example.is_conversation:
+        raise _CannotHoldError("conversations all of whose answers are learned")
     row: dict[str, Any] = {"conversations": [turn(message) for message in _messages(example.prompt)]}
     if isinstance(example, Pair):
         row |= {"chosen": answer(example.chosen), "rejected": answer(example.rejected)}

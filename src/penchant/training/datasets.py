@@ -17,7 +17,7 @@ from penchant.data.filters import FILTER_CHECKS, filter_by_margin
 from penchant.data.flat import UNJUDGED, FlatExamples, flat_columns, flattened, in_parts
 from penchant.data.formats import CHECKS, ExampleData, RowProblem, examples_from_rows, read_examples
 from penchant.data.prompts import PromptData
-from penchant.data.units import UNIT_CHECKS, Unit, as_unit
+from penchant.data.units import UNIT_CHECKS, Unit, as_unit, every_answer
 from penchant.doctor.findings import PROBLEMS, SOUND, Finding
 from penchant.errors import UserError
 from penchant.losses import Loss
@@ -127,6 +127,8 @@ def fit_to_loss(config: RunConfig, loss: Loss, data: ExampleData, is_heldout: bo
     if goes_by_margin and unit == "pair":
         examples, unsure = filter_by_margin(examples, config.min_margin, config.weigh_by_margin)
         problems += unsure
+    if config.turns == "all" and "labels" not in loss.needs:
+        examples = every_answer(examples)
     if "labels" in loss.needs:
         problems += [_unlabelled(example) for example in examples if _lacks_label(example)]
         examples = [example for example in examples if not _lacks_label(example)]

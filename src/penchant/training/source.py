@@ -22,8 +22,8 @@ from penchant.training.datasets import COLUMNS, Datasets, ReadRows, Rows, read_r
 from penchant.training.logger import RunLog
 
 _SETTINGS = (
-    *("data", "eval_data", "eval_size", "data_family", "pairs_from_rankings", "seed", "max_length", "truncation"),
-    *("max_bad_rows", "drop", "min_margin", "weigh_by_margin"),
+    *("data", "eval_data", "eval_size", "data_family", "turns", "pairs_from_rankings", "seed"),
+    *("max_length", "truncation", "max_bad_rows", "drop", "min_margin", "weigh_by_margin"),
 )
 """The keys of a run file that tokenised rows depend on, beside those that choose loss, tokenizer and template."""
 
