@@ -110,6 +110,21 @@ def test_options_win_over_every_stage_and_what_is_finished_is_kept(
     assert (tmp_path / "other" / "3-grpo" / "summary.json").stat().st_mtime_ns > before
 
 
+def test_an_option_may_be_for_one_stage_alone(run_file: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    found = load_stages(str(run_file), {"max_steps": 1, "stages.2.max_steps": 2, "stages.3.sampling.completions": 5})
+    assert found
+    assert [config.max_steps for config in found[2]] == [1, 2, 1]
+    assert [config.sampling.completions for config in found[2]] == [None, None, 5]
+    assert found[2][2].sampling.max_new_tokens == 4  # what else the stage says of sampling stays
+    for words, said in {
+        ("--stages.4.max_steps", "1"): "stages.4: there are stages 1 to 3",
+        ("--stages.2", "1"): "stages.2: name a key of that stage, as stages.2.max_steps",
+        ("--stages.2.max_stps", "1"): "did you mean 'max_steps'",
+    }.items():
+        assert main(["train", str(run_file), *words]) == 2
+        assert said in capsys.readouterr().err
+
+
 _KILLED = """
 import os, signal, sys
 from penchant.cli import main

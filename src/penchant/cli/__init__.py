@@ -68,7 +68,7 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def _split_loss_settings(words: list[str]) -> tuple[list[str], dict[str, Any]]:
-    """Takes `--loss.NAME VALUE` out of the words: which names there are is known only to the losses.
+    """Takes `--loss.NAME VALUE` and `--stages.N.KEY VALUE` out of the words: losses and run files know these names.
 
     Hyphens in the names of keys may stand for underscores.
     """
@@ -79,9 +79,9 @@ def _split_loss_settings(words: list[str]) -> tuple[list[str], dict[str, Any]]:
         word = words.pop(0)
         name, equals, text = word[2:].partition("=")
         name = name.replace("-", "_")
-        if word.startswith("--loss."):
+        if word.startswith(("--loss.", "--stages.")):
             if not equals and (not words or words[0].startswith("--")):
-                settings[name] = None  # reported with the loss's own settings, which know the type
+                settings[name] = None  # reported with the settings themselves, which know the type
                 continue
             settings[name] = parse_value(text if equals else words.pop(0))
         else:

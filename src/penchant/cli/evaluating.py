@@ -199,12 +199,12 @@ def _read(plan: Plan) -> Data:
 
 
 def _chosen(example: Any) -> Answer | None:
-    """The answer that people preferred, where there is one and it is one message."""
+    """The answer that people preferred, or gave, where there is one and it is one message."""
     from penchant.examples import Answer, plain_text
 
     best: Text = example.completions[0]
-    is_liked = getattr(example, "is_desirable", True)
-    return Answer(plain_text(best)) if is_liked and (isinstance(best, str) or len(best) == 1) else None
+    is_disliked = getattr(example, "is_desirable", True) is False
+    return Answer(plain_text(best)) if not is_disliked and (isinstance(best, str) or len(best) == 1) else None
 
 
 def _refuse_nothing_to_do(plan: Plan, data: Data) -> None:

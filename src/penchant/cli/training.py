@@ -87,6 +87,7 @@ def _add_keys(parser: argparse.ArgumentParser) -> None:
             help=help_text.replace("%", "%%"),
         )
     keys.add_argument("--loss.NAME", metavar="VALUE", help="a setting of the loss; `penchant methods` lists them")
+    keys.add_argument("--stages.N.KEY", metavar="VALUE", help="a key for stage N alone of a run file with stages")
 
 
 def _train(options: argparse.Namespace) -> int:

@@ -30,8 +30,9 @@ def load_config(run_file: str | None, overrides: Mapping[str, Any]) -> RunConfig
 def load_stages(run_file: str, overrides: Mapping[str, Any]) -> tuple[Path, str, list[RunConfig]] | None:
     """What a run file with `stages` describes, or None where it has none.
 
-    What stands beside `stages` holds for each of them, what a stage says wins over it, and options win over both. Stage
-    N is kept in `output_dir` as `N-NAME`, by its `name` or its method; its model is the one before's.
+    What stands beside `stages` holds for each of them, what a stage says wins over it, and options win over both, those
+    named `stages.N.KEY` for stage N alone. Stage N is kept in `output_dir` as `N-NAME`, by its `name` or its method; its
+    model is the one before's.
 
     Returns:
         The folder, the text of a run file that repeats it all, and the run of each stage.
@@ -50,6 +51,7 @@ def load_stages(run_file: str, overrides: Mapping[str, Any]) -> tuple[Path, str,
         if value is None:
             raise UserError(f"{key}: is missing; give it beside stages or as --{key}")
     folder, model = Path(str(ends["output_dir"])), ends["model"]
+    for_all, for_one = _split_by_stage({name: value for name, value in overrides.items() if name not in ends})
     configs, told = [], []
     for number, stage in enumerate(stages, start=1):
         for key in ends:
@@ -58,9 +60,8 @@ def load_stages(run_file: str, overrides: Mapping[str, Any]) -> tuple[Path, str,
                     f"stages: stage {number} names {key}, which follows from the stage before; leave it out."
                 )
         own = _merged(copy.deepcopy(common), stage)
-        for name, value in overrides.items():
-            if name not in ends:
-                _set_dotted(own, name, value)
+        for name, value in (*for_all.items(), *for_one.pop(str(number), {}).items()):
+            _set_dotted(own, name, value)
         name = str(own.pop("name", own.get("method") or "dpo"))
         if not re.fullmatch(r"[\w.-]+", name):
             raise UserError(f"stages: '{name}' cannot be the name of a folder; use letters, digits, and . - _")
@@ -71,8 +72,25 @@ def load_stages(run_file: str, overrides: Mapping[str, Any]) -> tuple[Path, str,
         except UserError as error:
             raise UserError("\n".join(f"stage {place.name}: {line}" for line in str(error).splitlines())) from None
         model = str(place / "model")
+    if for_one:
+        raise UserError(f"stages.{next(iter(for_one))}: there are stages 1 to {len(stages)}.")
     text = yaml.safe_dump({**ends, "stages": told}, sort_keys=False, allow_unicode=True)
     return folder, text, configs
+
+
+def _split_by_stage(overrides: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, dict[str, Any]]]:
+    """The options for all stages, and those for one by its number."""
+    for_all: dict[str, Any] = {}
+    for_one: dict[str, dict[str, Any]] = {}
+    for name, value in overrides.items():
+        if name.startswith("stages."):
+            number, _, key = name.removeprefix("stages.").partition(".")
+            if not key:
+                raise UserError(f"{name}: name a key of that stage, as {name}.max_steps.")
+            for_one.setdefault(number, {})[key] = value
+        else:
+            for_all[name] = value
+    return for_all, for_one
 
 
 def _merged(settings: Mapping[str, Any], own: Mapping[str, Any]) -> dict[str, Any]:

@@ -99,8 +99,7 @@ def _sharegpt_row(example: Pair | Unpaired) -> dict[str, Any]:
             raise _CannotHoldError("completions of one message")
         return turn(messages[0])
 
-    is_unjudged = isinstance(example, Unpaired) and example.is_desirable is None
-    if is_unjudged and has_answers(example.prompt) and not example.is_conversation:
+    if isinstance(example, Unpaired) and _stands_apart(example):
         raise _CannotHoldError("conversations all of whose answers are learned")
     row: dict[str, Any] = {"conversations": [turn(message) for message in _messages(example.prompt)]}
     if isinstance(example, Pair):
@@ -109,6 +108,11 @@ def _sharegpt_row(example: Pair | Unpaired) -> dict[str, Any]:
         row["conversations"].append(answer(example.completion))
         row |= _label(example, "kto_tag")
     return row | _columns(example)
+
+
+def _stands_apart(example: Unpaired) -> bool:
+    """Whether the completion alone is learned, though the prompt holds answers as well."""
+    return example.is_desirable is None and has_answers(example.prompt) and not example.is_conversation
 
 
 def _openai_row(example: Pair | Unpaired) -> dict[str, Any]:
