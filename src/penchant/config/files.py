@@ -31,7 +31,7 @@ def load_stages(run_file: str, overrides: Mapping[str, Any]) -> tuple[Path, str,
     """What a run file with `stages` describes, or None where it has none.
 
     What stands beside `stages` holds for each of them, what a stage says wins over it, and options win over both, those
-    named `stages.N.KEY` for stage N alone. Stage N is kept in `output_dir` as `N-NAME`, by its `name` or its method; its
+    named `stages.N.KEY` for stage N alone. Stage N is kept in `output_dir` as `N-NAME`, by `name` or method; its
     model is the one before's.
 
     Returns:
