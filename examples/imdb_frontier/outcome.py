@@ -10,9 +10,11 @@ from pathlib import Path
 import numpy as np
 from cost import Cost
 from experiment import World, offline_runs, online_runs
-from scipy import stats
+from numpy.typing import NDArray
 
 from penchant.evaluate.wins import mean_with_interval
+
+Numbers = NDArray[np.float64]
 
 DISTANCES = (0.5, 1.0, 2.0, 4.0, 8.0)
 """In nats a completion."""
@@ -68,45 +70,59 @@ def measured(world: World, seeds: Sequence[int]) -> list[Measured]:
     return sorted(found, key=lambda one: (names.index(one.name), one.step, one.seed))
 
 
-def best_within(found: Iterable[Measured], method: str, kl: float) -> dict[int, float]:
-    """Seed -> the highest mean reward that a method reached there at no more than this KL."""
-    best: dict[int, float] = {}
+def rewards_at(found: Iterable[Measured], method: str, kl: float) -> dict[int, Numbers]:
+    """Seed -> the rewards of a method's test prefixes at this KL, by the best of its runs that went so far.
+
+    Between two measured policies of a run, and between the start and its first, reward is taken to grow evenly with KL.
+    """
+    runs: dict[tuple[int, str], list[Measured]] = {}
+    starts: dict[int, Measured] = {}
     for one in found:
-        if one.method == method and one.kl <= kl:
-            best[one.seed] = max(one.reward, best.get(one.seed, -np.inf))
+        if one.method == method:
+            runs.setdefault((one.seed, one.name), []).append(one)
+        if one.kl == 0:  # the best of one
+            starts[one.seed] = one
+    best: dict[int, Numbers] = {}
+    for (seed, _), own in runs.items():
+        way = sorted({starts[seed], *own}, key=lambda one: one.kl)
+        after = next((place for place, one in enumerate(way) if one.kl >= kl and place), None)
+        if after is None:
+            continue
+        here, there = way[after - 1], way[after]
+        share = (kl - here.kl) / (there.kl - here.kl)
+        rewards = (1 - share) * np.array(here.rewards) + share * np.array(there.rewards)
+        if seed not in best or rewards.mean() > best[seed].mean():
+            best[seed] = rewards
     return best
 
 
-def over_seeds(values: Sequence[float]) -> str:
-    """The mean of a value for each seed, with its 95% interval by Student's t where there are several seeds."""
-    mean = float(np.mean(values))
-    if len(values) < 2:
-        return f"{mean:.3f}"
-    half = stats.t.ppf(0.975, len(values) - 1) * np.std(values, ddof=1) / np.sqrt(len(values))
-    return f"{mean:.3f} ± {half:.3f}"
+def _over_prefixes(by_seed: Sequence[Numbers]) -> str:
+    """The mean with its 95% interval over prefixes (a prefix's mean over seeds is one observation), and each seed's."""
+    mean = mean_with_interval(np.mean(by_seed, axis=0))
+    seeds = ", ".join(f"{own.mean():.3f}" for own in by_seed)
+    return f"{mean.value:.3f} ({mean.low:.3f} to {mean.high:.3f}; {seeds})"
 
 
 def reached(found: Sequence[Measured]) -> str:
-    """The highest reward of each method within some distances, where all seeds have been that near."""
+    """The reward of each method at some distances, where it went so far in all seeds."""
     seeds = {one.seed for one in found}
-    lines = _head("method", *(f"KL up to {kl:g}" for kl in DISTANCES))
+    lines = _head("method", *(f"KL {kl:g}" for kl in DISTANCES))
     for method in dict.fromkeys(one.method for one in found):
-        best = [best_within(found, method, kl) for kl in DISTANCES]
-        cells = [over_seeds([*own.values()]) if {*own} == seeds else "" for own in best]
-        lines.append(_row(method, *cells))
+        best = [rewards_at(found, method, kl) for kl in DISTANCES]
+        lines.append(_row(method, *(_over_prefixes([*own.values()]) if {*own} == seeds else "" for own in best)))
     return "\n".join(lines)
 
 
 def leads(found: Sequence[Measured]) -> str:
-    """By how much DPO's reward is higher than each other method's within the same distance, seed by seed."""
+    """By how much DPO's reward is higher than each other method's at the same distance, prefix by prefix."""
     seeds = sorted({one.seed for one in found})
-    lines = _head("DPO less", *(f"KL up to {kl:g}" for kl in DISTANCES))
+    lines = _head("DPO less", *(f"KL {kl:g}" for kl in DISTANCES))
     for method in dict.fromkeys(one.method for one in found if one.method != "dpo"):
         cells = []
         for kl in DISTANCES:
-            ours, theirs = best_within(found, "dpo", kl), best_within(found, method, kl)
+            ours, theirs = rewards_at(found, "dpo", kl), rewards_at(found, method, kl)
             is_there = {*ours} == {*theirs} == {*seeds}
-            cells.append(over_seeds([ours[seed] - theirs[seed] for seed in seeds]) if is_there else "")
+            cells.append(_over_prefixes([ours[seed] - theirs[seed] for seed in seeds]) if is_there else "")
         lines.append(_row(method, *cells))
     return "\n".join(lines)
 
