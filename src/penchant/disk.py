@@ -55,6 +55,15 @@ def write_json_lines(path: Path, records: Iterable[dict[str, Any]]) -> None:
     write_text(path, "".join(json.dumps(record, ensure_ascii=False, allow_nan=False) + "\n" for record in records))
 
 
+def read_mapping(path: Path) -> dict[str, Any]:
+    """A JSON object, or nothing where there is none that can be read."""
+    try:
+        value = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return {}
+    return value if isinstance(value, dict) else {}
+
+
 def append_json_line(path: Path, record: dict[str, Any]) -> None:
     """Adds one line to a JSON-lines file. A crash may leave half of it; `read_json_lines` passes over that."""
     with path.open("a", encoding="utf-8", errors="backslashreplace") as file:

@@ -10,7 +10,8 @@ import pytest
 from penchant.config import RunConfig
 from penchant.disk import write_json, write_text
 from penchant.errors import UserError
-from penchant.training.rundir import check_run_dir, choose_run_dir, claimed, locked, resolved_run_file
+from penchant.locking import locked
+from penchant.training.rundir import check_run_dir, choose_run_dir, claimed, resolved_run_file
 
 
 def config(model: str, **settings: object) -> RunConfig:

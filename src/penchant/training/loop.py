@@ -19,6 +19,7 @@ from penchant.scoring.reference import Reference
 from penchant.training import hardware
 from penchant.training.answers import HeldoutAnswers
 from penchant.training.checkpoint import Checkpoint, Writer, rotate, write_checkpoint
+from penchant.training.judgements import write_judgements
 from penchant.training.logger import RunLog, one_line
 from penchant.training.online import OnlineSetup
 from penchant.training.optim import make_optimizer, set_rate
@@ -267,12 +268,22 @@ class Training:
         progress.evaluated_at = step
         self._record({f"eval_{name}": value for name, value in evaluation.metrics.items()})
         self.log.say("held out", f"step {step}: {one_line(evaluation.metrics)}")
+        if 0 < step < self.total and self._answers is None:  # at the end it is done for all kinds of runs
+            self._keep_judgements(evaluation)
         metrics = evaluation.metrics
         badness = metrics.get("loss", -(metrics.get("score") or metrics.get("win_rate") or 0.0))
         if badness is not None and (progress.best_loss is None or badness < progress.best_loss):
             progress.best_step, progress.best_loss = step, badness
             if setup.config.save_best and step > 0:
                 self.save()
+
+    def _keep_judgements(self, evaluation: Evaluation) -> None:
+        """For whoever watches the run; a disk that is full ends nothing."""
+        try:
+            write_judgements(self.setup, self.reference, evaluation, self.run_dir)
+        except OSError as error:
+            message = f"the judgements of held-out examples could not be written ({error.strerror or error})"
+            self.log.event("warn", "judgements", message, self.progress.step)
 
     def _save_if_due(self) -> None:
         config, step = self.setup.config, self.progress.step

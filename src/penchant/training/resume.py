@@ -9,11 +9,11 @@ from pathlib import Path
 from typing import Any
 
 from penchant.config import RunConfig, load_config, option_names
-from penchant.disk import read_json_lines, sha256_of, write_json, write_json_lines
+from penchant.disk import read_json_lines, read_mapping, sha256_of, write_json, write_json_lines
 from penchant.errors import UserError, nearest
 from penchant.models.fingerprints import template_sha256, tokenizer_sha256
 from penchant.training.online import OnlineSetup
-from penchant.training.rundir import read_mapping, read_summary
+from penchant.training.rundir import read_summary
 from penchant.training.setup import Setup
 
 _FREE = {

@@ -16,7 +16,7 @@ import numpy as np
 from safetensors.torch import load_file, save
 
 from penchant.data.loader import Draw, epoch_order
-from penchant.disk import make_folder, new_file, read_json_lines, write_json
+from penchant.disk import make_folder, new_file, read_json_lines, read_mapping, write_json
 from penchant.errors import UserError
 from penchant.examples import Answer, TokenizedExample
 from penchant.online.growing import GrowingFile
@@ -27,7 +27,6 @@ from penchant.scoring.reference import Precomputed, Reference
 from penchant.training.identity import check_identity
 from penchant.training.logger import RunLog, count
 from penchant.training.online import OnlineSetup
-from penchant.training.rundir import read_mapping
 
 ROUNDS = "rounds"
 """Where they are in a run directory."""

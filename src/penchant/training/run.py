@@ -14,6 +14,7 @@ from penchant import stopping
 from penchant.config import RunConfig, config_from
 from penchant.disk import free_bytes, write_json, write_text
 from penchant.doctor.preview import names_of
+from penchant.locking import locked
 from penchant.losses import Loss
 from penchant.online.judges import Judge, RuleJudge
 from penchant.scoring.policy import Policy
@@ -41,7 +42,6 @@ from penchant.training.rundir import (
     choose_run_dir,
     claimed,
     explained,
-    locked,
     open_run_dir,
     read_summary,
     resolved_run_file,

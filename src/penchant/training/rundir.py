@@ -2,24 +2,22 @@
 
 from __future__ import annotations
 
-import json
 import os
 import shutil
-import socket
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from filelock import FileLock, Timeout
-
 from penchant.config import RunConfig
-from penchant.disk import is_leftover, make_folder, remove_leftovers, write_json
+from penchant.disk import is_leftover, make_folder, read_mapping, remove_leftovers
 from penchant.errors import UserError
+from penchant.locking import FILES as LOCK_FILES
+from penchant.locking import is_being_worked_on, locked
 from penchant.losses import build_loss
 from penchant.training import hardware
 
-_RUN_FILE, _LOCK, _OWNER = "run.yaml", ".lock", ".owner.json"
+_RUN_FILE = "run.yaml"
 
 
 def choose_run_dir(config: RunConfig, kind: str = "") -> Path:
@@ -65,7 +63,7 @@ def check_run_dir(folder: Path, overwrite: bool) -> bool:
         raise UserError(f"output_dir: '{folder}' is a file.")
     is_run = (folder / _RUN_FILE).exists()
     there = folder.iterdir() if folder.exists() else ()
-    if not is_run and any(path.name not in (_LOCK, _OWNER) and not is_leftover(path) for path in there):
+    if not is_run and any(path.name not in LOCK_FILES and not is_leftover(path) for path in there):
         raise UserError(f"output_dir: '{folder}' is not empty and is no run directory; choose another.")
     if is_run and not overwrite and read_summary(folder).get("status") == "finished":
         raise UserError(f"output_dir: '{folder}' holds a finished run; choose another, or give --overwrite.")
@@ -95,30 +93,6 @@ def explained(run_dir: Path) -> Iterator[None]:
 
 
 @contextmanager
-def locked(run_dir: Path) -> Iterator[None]:
-    """Within it no other process works on the run. The lock goes with the process, however that ends.
-
-    Raises:
-        UserError: another process works on it.
-    """
-    lock = FileLock(run_dir / _LOCK)
-    try:
-        lock.acquire(blocking=False)
-    except Timeout:
-        owner = read_mapping(run_dir / _OWNER)
-        raise UserError(
-            f"output_dir: process {owner.get('pid', 'unknown')} on {owner.get('host', 'unknown')} is working on "
-            f"'{run_dir}'; wait for it, stop it, or choose another output_dir."
-        ) from None
-    try:
-        write_json(run_dir / _OWNER, {"pid": os.getpid(), "host": socket.gethostname()})
-        yield
-    finally:
-        (run_dir / _OWNER).unlink(missing_ok=True)
-        lock.release()
-
-
-@contextmanager
 def claimed(run_dir: Path) -> Iterator[None]:
     """Makes a run directory that was not there a moment ago, and locks it.
 
@@ -139,7 +113,7 @@ def open_run_dir(folder: Path, keep: bool) -> None:
     for path in sorted(folder.iterdir(), key=lambda path: path.name == _RUN_FILE) if not keep else ():
         if path.is_dir() and not path.is_symlink():
             shutil.rmtree(path)
-        elif path.name not in (_LOCK, _OWNER):
+        elif path.name not in LOCK_FILES:
             path.unlink()
 
 
@@ -148,25 +122,5 @@ def read_summary(run_dir: Path) -> dict[str, Any]:
     return read_mapping(run_dir / "summary.json")
 
 
-def is_being_worked_on(run_dir: Path) -> bool:
-    """Whether a process, this one too, holds the lock of the run."""
-    if not (run_dir / _LOCK).exists():
-        return False
-    try:
-        with FileLock(run_dir / _LOCK, blocking=False):
-            return False
-    except Timeout:
-        return True
-
-
 def _stopped_early(folder: Path) -> bool:
     return read_summary(folder).get("status") != "finished" and not is_being_worked_on(folder)
-
-
-def read_mapping(path: Path) -> dict[str, Any]:
-    """A JSON object, or nothing where there is none that can be read."""
-    try:
-        value = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        return {}
-    return value if isinstance(value, dict) else {}

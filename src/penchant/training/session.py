@@ -15,6 +15,7 @@ from penchant.config import load_config
 from penchant.disk import remove_leftovers, write_json, write_json_lines
 from penchant.errors import UserError
 from penchant.examples import plain_text
+from penchant.locking import locked
 from penchant.losses import Loss, WeightedSum
 from penchant.models.load import save_model
 from penchant.report import write_model_card, write_report
@@ -31,7 +32,7 @@ from penchant.training.logger import RunLog, count
 from penchant.training.loop import Progress, Training, forget_insurance
 from penchant.training.online import OnlineSetup
 from penchant.training.resume import Fingerprint
-from penchant.training.rundir import locked, read_summary
+from penchant.training.rundir import read_summary
 from penchant.training.setup import Setup, make_reference
 from penchant.training.state import read_facts
 from penchant.training.trouble import in_smaller_pieces

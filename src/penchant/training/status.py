@@ -7,9 +7,10 @@ from pathlib import Path
 from typing import Any
 
 from penchant.errors import UserError
+from penchant.locking import is_being_worked_on
 from penchant.training.checkpoint import NothingToResumeError, newest_checkpoint
 from penchant.training.loop import CHECKPOINTS
-from penchant.training.rundir import is_being_worked_on, read_summary
+from penchant.training.rundir import read_summary
 
 
 @dataclass(frozen=True)
