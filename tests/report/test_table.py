@@ -25,6 +25,7 @@ def printed(comparison: Comparison, width: int = 80) -> list[str]:
 
 
 def table_of(page: str) -> list[list[str]]:
+    page = page.partition('<section id="runs">')[2].partition("</section>")[0]
     rows = re.findall(r"<tr.*?</tr>", page, flags=re.DOTALL)
     return [[Dom(cell).text() for cell in re.findall(r"<t[hd].*?</t[hd]>", row, flags=re.DOTALL)] for row in rows]
 

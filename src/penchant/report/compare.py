@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -15,9 +15,11 @@ from penchant.errors import UserError
 from penchant.report.card import plain
 from penchant.report.figures import Number, number, percent
 from penchant.report.intervals import accuracy_chart
+from penchant.report.overlay import MOST_RUNS, overlaid_curves
 from penchant.report.render import render_page
-from penchant.report.rows import Column, Row, read_row
-from penchant.report.rundir import clean
+from penchant.report.rows import Column, Row, row_of
+from penchant.report.rundir import RunRecord, clean, read_run
+from penchant.report.series import Series
 from penchant.report.settings import MAIN_SETTINGS, place, setting_text
 from penchant.report.table import Line, fit, lay_out
 from penchant.report.units import EXAMPLE, UNITS, Unit, common
@@ -36,6 +38,8 @@ class Comparison:
     """The accuracies to be had without a model, by the rule that has them."""
     warnings: tuple[str, ...]
     notes: tuple[str, ...]
+    metrics: tuple[Mapping[str, Series], ...] = field(default=(), repr=False)
+    """What the first runs measured over their steps, for as many of them as one chart can show."""
 
     @property
     def unit(self) -> Unit:
@@ -66,7 +70,7 @@ class Comparison:
         return said
 
 
-def compare(run_dirs: Sequence[Path]) -> Comparison:
+def compare(run_dirs: Sequence[Path], read: Callable[[Path], RunRecord] = read_run) -> Comparison:
     """Reads the runs, finished or not; a directory given twice counts once.
 
     Raises:
@@ -81,20 +85,24 @@ def compare(run_dirs: Sequence[Path]) -> Comparison:
     # A run is called by as many last parts of its path as no other has.
     tails = [["/".join(path.parts[-n:]) for n in range(1, len(path.parts) + 1)] for path in map(Path.resolve, paths)]
     names = [next(tail for tail in own if sum(tail in other for other in tails) == 1) for own in tails]
-    rows = [read_row(path, clean(name)) for path, name in zip(paths, names, strict=True)]
-    rows.sort(key=_place)
+    records = [read(path) for path in paths]
+    found = [row_of(run, path, clean(name)) for run, path, name in zip(records, paths, names, strict=True)]
+    order = sorted(range(len(found)), key=lambda i: _place(found[i]))
+    rows, metrics = [found[i] for i in order], tuple(records[i].metrics for i in order[:MOST_RUNS])
     keys = sorted(dict.fromkeys(key for row in rows for key in row.settings), key=place)
     equal = [key for key in keys if all(row.settings.get(key) == rows[0].settings.get(key) for row in rows)]
     different = _settings_to_tell_apart(rows, [key for key in keys if key not in equal])
     named = [key for key in equal if place(key) < len(MAIN_SETTINGS) and key.partition(".")[0] not in different]
     same = {key: rows[0].settings[key] for key in named}
     notes = tuple(_notes(rows, different))
-    return Comparison(tuple(rows), tuple(different), same, _baselines(rows), tuple(_warnings(rows)), notes)
+    warnings = tuple(_warnings(rows))
+    return Comparison(tuple(rows), tuple(different), same, _baselines(rows), warnings, notes, metrics)
 
 
 def to_json(comparison: Comparison) -> dict[str, Any]:
     """The whole comparison in values that JSON knows; each run's figures stand beside its name."""
-    told = asdict(comparison)
+    told = asdict(replace(comparison, metrics=()))
+    del told["metrics"]
     runs = [row | row.pop("figures") for row in told.pop("rows")]
     return {"headline": comparison.headline, "runs": runs, **told}
 
@@ -127,21 +135,28 @@ def write_comparison(comparison: Comparison, path: Path) -> Path:
     Raises:
         UserError: the file cannot be written there.
     """
-    columns, lines = _table(comparison)
-    runs = [(row.name, row.figures["accuracy"], row.figures["interval"]) for row in comparison.rows]
-    text = render_page(
-        "compare.html.j2",
-        comparison=comparison,
-        columns=columns,
-        lines=lines,
-        chart=accuracy_chart(runs, comparison.baselines, comparison.unit),
-        same=[(key, setting_text(value)) for key, value in comparison.same.items()],
-    )
+    text = render_page("compare.html.j2", **page_parts(comparison))
     try:
         write_text(Path(path), text)
     except OSError as error:
         raise UserError(f"'{path}' cannot be written ({error.strerror}).") from None
     return Path(path)
+
+
+def page_parts(comparison: Comparison) -> dict[str, Any]:
+    """What a page shows of a comparison."""
+    columns, lines = _table(comparison)
+    runs = [(row.name, row.figures["accuracy"], row.figures["interval"]) for row in comparison.rows]
+    series = list(zip([row.name for row in comparison.rows], comparison.metrics, strict=False))
+    return {
+        "comparison": comparison,
+        "columns": columns,
+        "lines": lines,
+        "chart": accuracy_chart(runs, comparison.baselines, comparison.unit),
+        "curves": overlaid_curves(series, comparison.unit),
+        "curves_of": MOST_RUNS,
+        "same": [(key, setting_text(value)) for key, value in comparison.same.items()],
+    }
 
 
 def _table(comparison: Comparison) -> tuple[list[Column], list[Line]]:

@@ -119,6 +119,7 @@ def _chart(name: str, title: str, axis: str, unit: Unit, groups: Sequence[Group]
         for group in groups
     ]
     return {
+        "name": f"hist-{name}",
         "title": title,
         "unit": f"share of {unit.plural}, %",
         "svg": Markup(svg),

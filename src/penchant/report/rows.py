@@ -11,7 +11,7 @@ from penchant.config import parse_value
 from penchant.report import verdict
 from penchant.report.figures import Number, duration, number, percent, size
 from penchant.report.intervals import span
-from penchant.report.rundir import RunRecord, as_mapping, clean, read_run
+from penchant.report.rundir import RunRecord, as_mapping, clean
 from penchant.report.series import finite
 from penchant.report.settings import flat, safe
 from penchant.report.units import unit_of
@@ -116,13 +116,12 @@ class Row:
     """Whether its rewards are differences from a reference; None: not known."""
 
 
-def read_row(path: Path, name: str) -> Row:
-    """A run from its directory.
+def row_of(run: RunRecord, path: Path, name: str) -> Row:
+    """A run that has been read already.
 
     Raises:
-        UserError: there is no such directory, or its run file is not YAML.
+        UserError: its run file is not YAML.
     """
-    run = read_run(path)
     file = as_mapping(parse_value(run.run_file, str(path / "run.yaml")))
     method = clean(str(run.summary.get("method") or file.get("method") or "")) or None
     loss = safe(as_mapping(run.summary.get("loss")) or as_mapping(file.get("loss")))

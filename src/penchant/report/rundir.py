@@ -18,7 +18,12 @@ from penchant.report.units import Unit, unit_of
 HELD_OUT = "eval_"
 """What the names of held-out measurements begin with."""
 
-_NO_MEASUREMENT = {"step", "epoch", "time_s"}
+NOTES = "notes.jsonl"
+"""Where people's notes are kept."""
+
+NO_MEASUREMENT = {"step", "epoch", "time_s"}
+"""What stands in a line of metrics beside the measurements."""
+
 _UNSHOWABLE = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\ud800-\udfff\ufffe\uffff]")
 
 
@@ -42,12 +47,12 @@ class Extremes:
     @property
     def highest(self) -> list[dict[str, Any]]:
         """The rows of the highest numbers, the highest first."""
-        return [_clean_all(row) for *_, row in sorted(self._highest, reverse=True)]
+        return [clean_all(row) for *_, row in sorted(self._highest, reverse=True)]
 
     @property
     def lowest(self) -> list[dict[str, Any]]:
         """The rows of the lowest numbers, the lowest first."""
-        return [_clean_all(row) for *_, row in sorted(self._lowest, reverse=True)]
+        return [clean_all(row) for *_, row in sorted(self._lowest, reverse=True)]
 
 
 @dataclass
@@ -68,6 +73,8 @@ class RunRecord:
     metrics: dict[str, Series] = field(default_factory=dict)
     events: list[dict[str, Any]] = field(default_factory=list)
     samples: list[dict[str, Any]] = field(default_factory=list)
+    notes: list[dict[str, Any]] = field(default_factory=list)
+    """What people wrote down: `time`, `step`, `text`."""
     pairs: dict[str, PairRewards] = field(default_factory=dict)
     completions: dict[str, dict[bool | None, Extremes]] = field(default_factory=dict)
     """By split the rewards of single completions: of the desirable, of the undesirable, of those without a label."""
@@ -88,8 +95,10 @@ class RunRecord:
         return unit_of(self.part(split) or self.part("train"))
 
 
-def read_run(run_dir: Path) -> RunRecord:
+def read_run(run_dir: Path, metrics: Mapping[str, Series] | None = None, with_examples: bool = True) -> RunRecord:
     """Reads whatever is there; a cut last line is passed over in silence, other unreadable lines are counted.
+
+    Whoever follows the run has the `metrics` already, and may do without the judged examples.
 
     Raises:
         UserError: there is no such directory.
@@ -100,12 +109,17 @@ def read_run(run_dir: Path) -> RunRecord:
     run.run_file = _read_text(run_dir / "run.yaml")
     run.data = _read_json(run_dir / "data.json")
     run.summary = _read_json(run_dir / "summary.json")
-    run.events = [_clean_all(row) for row in _read_lines(run_dir / "events.jsonl", run)]
-    run.samples = [_clean_all(row) for row in _read_lines(run_dir / "samples.jsonl", run)]
-    run.samples += [_clean_all(_as_sample(row)) for row in _read_lines(run_dir / "answers.jsonl", run)]
-    _read_metrics(run_dir / "metrics.jsonl", run)
-    _read_pairs(run_dir / "pairs.jsonl", run)
-    _read_completions(run_dir / "completions.jsonl", run)
+    run.events = [clean_all(row) for row in _read_lines(run_dir / "events.jsonl", run)]
+    run.samples = [clean_all(row) for row in _read_lines(run_dir / "samples.jsonl", run)]
+    run.samples += [clean_all(_as_sample(row)) for row in _read_lines(run_dir / "answers.jsonl", run)]
+    run.notes = [clean_all(row) for row in _read_lines(run_dir / NOTES, run)]
+    if metrics is None:
+        _read_metrics(run_dir / "metrics.jsonl", run)
+    else:
+        run.metrics = dict(metrics)
+    if with_examples:
+        _read_pairs(run_dir / "pairs.jsonl", run)
+        _read_completions(run_dir / "completions.jsonl", run)
     return run
 
 
@@ -126,13 +140,14 @@ def _visible(match: re.Match[str]) -> str:
     return "\u2421" if code == 0x7F else "\ufffd"
 
 
-def _clean_all(value: Any) -> Any:
+def clean_all(value: Any) -> Any:
+    """The same for every text within a value of JSON."""
     if isinstance(value, str):
         return clean(value)
     if isinstance(value, dict):
-        return {clean(key): _clean_all(item) for key, item in value.items()}
+        return {clean(key): clean_all(item) for key, item in value.items()}
     if isinstance(value, list):
-        return [_clean_all(item) for item in value]
+        return [clean_all(item) for item in value]
     return value
 
 
@@ -150,7 +165,7 @@ def _parse(text: str) -> dict[str, Any] | None:
 def _read_json(path: Path) -> dict[str, Any]:
     if not path.is_file():
         return {}
-    return as_mapping(_clean_all(_parse(path.read_text(encoding="utf-8", errors="replace"))))
+    return as_mapping(clean_all(_parse(path.read_text(encoding="utf-8", errors="replace"))))
 
 
 def _read_lines(path: Path, run: RunRecord) -> Iterator[dict[str, Any]]:
@@ -182,7 +197,7 @@ def _read_metrics(path: Path, run: RunRecord) -> None:
         if step is None:
             continue
         for name, value in row.items():
-            if name not in _NO_MEASUREMENT and (value is None or isinstance(value, int | float)):
+            if name not in NO_MEASUREMENT and (value is None or isinstance(value, int | float)):
                 # A resumed run writes the steps after its checkpoint again: the later line counts.
                 values.setdefault(name, {})[step] = finite(value)
     run.metrics = {clean(name): Series(tuple(sorted(points.items()))) for name, points in values.items()}

@@ -20,6 +20,8 @@ class Series:
     """A measurement over the steps, in the order of the steps."""
 
     points: tuple[Point, ...]
+    num_left_out: int = 0
+    """How many more there are, where these are the thinned ones of many."""
 
     @property
     def finite(self) -> list[tuple[Number, Number]]:
@@ -43,7 +45,8 @@ class Series:
 
     def scaled(self, factor: Number) -> Series:
         """The same series in another unit."""
-        return Series(tuple((step, None if value is None else value * factor) for step, value in self.points))
+        points = tuple((step, None if value is None else value * factor) for step, value in self.points)
+        return Series(points, self.num_left_out)
 
 
 def finite(value: Any) -> Number | None:
