@@ -81,6 +81,64 @@ def read_json_lines(path: Path) -> list[dict[str, Any]]:
     return records
 
 
+class GrowingLines:
+    """The lines of a file that another process adds to, each given out once.
+
+    Where the file was cut back or exchanged for another, which a resumed run does with its logs, reading begins anew.
+    """
+
+    _MOST_BYTES = 1 << 23
+    _REMEMBERED = 64
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self.offset = 0
+        """Up to where the file has been read, in bytes."""
+        self.size = 0
+        """How long it was at the last look."""
+        self._inode, self._before, self._within_long_line = -1, b"", False
+
+    def read(self) -> tuple[list[bytes], bool]:
+        """The next whole lines, of at most 8 MiB together, and whether reading began anew; longer lines are left out.
+
+        Nothing new is an empty list; so is a file that is not there (any more).
+        """
+        try:
+            file = self.path.open("rb")
+        except OSError:
+            return [], self._begin_anew() if self.offset else False
+        with file:
+            there = os.fstat(file.fileno())
+            file.seek(max(0, self.offset - len(self._before)))
+            is_other = there.st_ino != self._inode or there.st_size < self.offset
+            is_other = is_other or file.read(len(self._before)) != self._before
+            began_anew = self._begin_anew() if is_other and self.offset else False
+            self._inode, self.size = there.st_ino, there.st_size
+            file.seek(self.offset)
+            chunk = file.read(self._MOST_BYTES)
+        end = chunk.rfind(b"\n") + 1
+        if not end and len(chunk) == self._MOST_BYTES:
+            end, self._within_long_line = len(chunk), True
+            lines = []
+        else:
+            lines = chunk[:end].split(b"\n")[:-1]
+            if lines and self._within_long_line:
+                del lines[0]
+                self._within_long_line = False
+        self.offset += end
+        self._before = (self._before + chunk[:end])[-self._REMEMBERED :]
+        return lines, began_anew
+
+    @property
+    def share_read(self) -> float:
+        """How much of the file has been read, from 0 to 1; a last line that is not whole yet does not count."""
+        return self.offset / self.size if self.size else 1.0
+
+    def _begin_anew(self) -> bool:
+        self.offset, self._before, self._within_long_line = 0, b"", False
+        return True
+
+
 @contextmanager
 def new_folder(folder: Path) -> Iterator[Path]:
     """A hidden folder to fill. When the block has ended well it is forced to the disk and becomes `folder`.

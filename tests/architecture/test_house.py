@@ -27,6 +27,7 @@ FLOORS = [
     {"online"},
     {"evaluate", "algorithms"},
     {"training"},
+    {"dash"},
     {"cli"},
     {"__main__", "__init__"},
 ]

@@ -19,6 +19,14 @@ UNITS = {"pair": "pairs", "unpaired": "single completions, labelled", "ranking":
 """What a method judges, in words."""
 
 
+_DASH = """examples:
+  penchant dash                        # all runs under runs/
+  penchant dash runs/beta-0.05         # one run
+
+It prints an address with a token; whoever has it can read the runs, stop them and leave notes. The page listens on
+127.0.0.1 alone. To see that of another machine: ssh -L 8765:127.0.0.1:8765 HOST, and open the address here."""
+
+
 def add_verbs(verb: Verb) -> None:
     """The verbs of this file."""
     methods = verb("methods", _methods, "List the methods and what can be set under `loss` for each.")
@@ -36,6 +44,16 @@ def add_verbs(verb: Verb) -> None:
     recipes.add_argument("name", nargs="?", metavar="NAME")
     report = verb("report", _report, "Write report.html of a run directory again.")
     report.add_argument("run_dir", type=Path, metavar="RUN_DIR")
+    dash = verb("dash", _dash, "Serve a live page of runs, on this machine only (needs the extra ui).", epilog=_DASH)
+    dash.add_argument(
+        "folders",
+        type=Path,
+        nargs="*",
+        metavar="RUN_DIR",
+        default=[Path("runs")],
+        help="run directories, or folders of them; default: runs",
+    )
+    dash.add_argument("--port", type=int, default=8765, help="0 takes any that is free; default: 8765")
     verb("schema", _schema, "Print the JSON Schema of a run file, for editors.")
 
 
@@ -139,6 +157,16 @@ def _runs_within(folders: Sequence[Path]) -> list[Path]:
         runs = sorted(path.parent for path in folder.glob("*/run.yaml"))
         found += runs if runs and not (folder / "run.yaml").exists() else [folder]
     return found
+
+
+def _dash(options: argparse.Namespace) -> int:
+    from penchant.dash import serve
+
+    def announce(address: str) -> None:
+        print(f"open {address}\nCtrl-C ends the page; the runs go on.", file=sys.stderr, flush=True)
+
+    serve(options.folders, options.port, announce)
+    return 0
 
 
 def _recipes(options: argparse.Namespace) -> int:
