@@ -115,19 +115,21 @@ class GrowingLines:
             began_anew = self._begin_anew() if is_other and self.offset else False
             self._inode, self.size = there.st_ino, there.st_size
             file.seek(self.offset)
-            chunk = file.read(self._MOST_BYTES)
-        end = chunk.rfind(b"\n") + 1
-        if not end and len(chunk) == self._MOST_BYTES:
-            end, self._within_long_line = len(chunk), True
-            lines = []
-        else:
-            lines = chunk[:end].split(b"\n")[:-1]
-            if lines and self._within_long_line:
-                del lines[0]
-                self._within_long_line = False
-        self.offset += end
-        self._before = (self._before + chunk[:end])[-self._REMEMBERED :]
+            while (end := (chunk := file.read(self._MOST_BYTES)).rfind(b"\n") + 1) == 0 and len(chunk) > 0:
+                if len(chunk) < self._MOST_BYTES:
+                    return [], began_anew  # the end of the line is still to come
+                self._pass(chunk)
+                self._within_long_line = True
+        lines = chunk[:end].split(b"\n")[:-1]
+        self._pass(chunk[:end])
+        if lines and self._within_long_line:
+            del lines[0]
+            self._within_long_line = False
         return lines, began_anew
+
+    def _pass(self, read: bytes) -> None:
+        self.offset += len(read)
+        self._before = (self._before + read)[-self._REMEMBERED :]
 
     @property
     def share_read(self) -> float:

@@ -6,6 +6,7 @@ import threading
 import time
 from collections import deque
 from collections.abc import Iterator, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -40,7 +41,7 @@ class FollowedMetrics:
         self._clock: deque[tuple[float, float]] = deque(maxlen=200)
         self._waiting: list[bytes] = []
 
-    def read_on(self, at_most_s: float) -> bool:
+    def read_on(self, at_most_s: float | int) -> bool:
         """Reads what is new, for so long; whether all has been read."""
         deadline = time.monotonic() + at_most_s
         with self.lock:
@@ -70,7 +71,7 @@ class FollowedMetrics:
         with self.lock:
             return {name: curve.series() for name, curve in self._curves.items()}
 
-    def seconds_per_step(self) -> float | None:
+    def seconds_per_step(self) -> float | int | None:
         """How long steps have taken of late; None before there are two."""
         with self.lock:
             if len(self._clock) < 2 or self._clock[-1][0] <= self._clock[0][0]:
@@ -88,8 +89,11 @@ class FollowedMetrics:
                 continue
             self.num_lines += int(known.sum())
             for name, column in table.items():
-                if set(map(type, column)) <= _MEASURED:
-                    columns.setdefault(name, []).append((rows[known], steps[known], _as_numbers(column)[known]))
+                there = known
+                if not set(map(type, column)) <= _MEASURED:
+                    there = known & np.array([type(value) in _MEASURED for value in column])
+                if there.any():
+                    columns.setdefault(name, []).append((rows[there], steps[there], _as_numbers(column)[there]))
         for name, parts in columns.items():
             places, steps, values = (np.concatenate([part[i] for part in parts]) for i in range(3))
             order = np.argsort(places)  # lines of one shape were put together
@@ -127,10 +131,8 @@ def _by_shape(rows: Sequence[dict[str, Any]]) -> Iterator[tuple[Numbers, tuple[s
 
 
 def _as_numbers(column: Sequence[Any]) -> Numbers:
-    """As floats; nan for None and for whole numbers with a thousand digits."""
-    try:
-        return np.array(column, dtype=np.float64)
-    except OverflowError:
-        return np.array([np.nan if finite(value) is None else value for value in column], dtype=np.float64)
-    except (TypeError, ValueError):
-        return np.full(len(column), np.nan)
+    """As floats; nan for whatever is no number, or one with a thousand digits."""
+    if set(map(type, column)) <= _MEASURED:
+        with suppress(OverflowError):
+            return np.array(column, dtype=np.float64)
+    return np.array([np.nan if finite(value) is None else value for value in column], dtype=np.float64)

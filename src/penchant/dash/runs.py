@@ -17,6 +17,7 @@ from penchant.dash.pairs import PairIndex
 from penchant.disk import append_json_line, read_mapping
 from penchant.errors import UserError
 from penchant.locking import is_asked_to_stop, is_being_worked_on
+from penchant.report.figures import Number
 from penchant.report.rundir import HELD_OUT, NOTES, RunRecord, clean, read_run
 from penchant.report.series import Series, finite
 
@@ -77,7 +78,7 @@ class Run:
         """Differs where anything of the run differs."""
         return (self.state(), *(_mark(self.path / name) for name in _FILES))
 
-    def latest(self) -> dict[str, float]:
+    def latest(self) -> dict[str, Number]:
         """The last value of each measurement within the last lines of the log, without reading the others."""
         try:
             with (self.path / "metrics.jsonl").open("rb") as file:
@@ -85,7 +86,7 @@ class Run:
                 lines = file.read(_END_BYTES).split(b"\n")
         except OSError:
             return {}
-        found: dict[str, float] = {}
+        found: dict[str, Number] = {}
         for line in lines:
             try:
                 row = from_json(line)
@@ -169,12 +170,12 @@ def _mark(path: Path) -> tuple[int, int]:
     return (there.st_mtime_ns, there.st_size)
 
 
-def held_out_value(latest: Mapping[str, float], names: Sequence[str]) -> float | None:
+def held_out_value(latest: Mapping[str, Number], names: Sequence[str]) -> Number | None:
     """The first of some held-out measurements that is known."""
     return next((latest[HELD_OUT + name] for name in names if HELD_OUT + name in latest), None)
 
 
-def last_mean(series: Series, num: int = 20) -> float | None:
+def last_mean(series: Series, num: int = 20) -> Number | None:
     """The mean of the last values of a training curve, which is noisy."""
     values = [value for _, value in series.points[-num:] if value is not None]
     return sum(values) / len(values) if values else None

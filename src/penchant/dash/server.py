@@ -26,13 +26,9 @@ ADDRESS = "127.0.0.1"
 _SECONDS_TO_END = 2
 
 
-def make_app(folders: Sequence[Path], token: str, port: int) -> Wall:
-    """The page over the runs in some folders, for whoever has the token.
-
-    Raises:
-        UserError: a folder is not there.
-    """
-    pages = Pages(Runs(folders), token)
+def make_app(runs: Runs, token: str, port: int) -> Wall:
+    """The page over some runs, for whoever has the token."""
+    pages = Pages(runs, token)
     routes = [
         Route("/", pages.index),
         Route("/compare", pages.compare),
@@ -52,7 +48,7 @@ def serve(folders: Sequence[Path], port: int, announce: Callable[[str], None]) -
     Raises:
         UserError: a folder is not there, or the port is taken.
     """
-    token = secrets.token_urlsafe(24)
+    runs, token = Runs(folders), secrets.token_urlsafe(24)
     with socket.socket(socket.AF_INET, socket.SOCK_STREAM) as listener:
         listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         try:
@@ -63,7 +59,7 @@ def serve(folders: Sequence[Path], port: int, announce: Callable[[str], None]) -
         listener.listen()
         port = listener.getsockname()[1]
         config = uvicorn.Config(
-            make_app(folders, token, port),
+            make_app(runs, token, port),
             log_level="warning",
             access_log=False,  # it would write the token
             server_header=False,
