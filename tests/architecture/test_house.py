@@ -22,7 +22,7 @@ FLOORS = [
     {"types"},
     {"losses"},
     {"config"},
-    {"data", "layouts", "models", "recipes", "report"},
+    {"data", "layouts", "models", "recipes", "report", "trackers"},
     {"scoring", "doctor"},
     {"online"},
     {"evaluate", "algorithms"},

@@ -28,6 +28,9 @@ Drop = Literal[
 """Findings of the data doctor that point at rows; `data/findings.py` says what each is."""
 
 
+Tracker = Literal["tensorboard", "wandb", "trackio", "mlflow"]
+
+
 class RunConfig(Section):
     """A whole run. Only `model` and `data` have no default."""
 
@@ -130,12 +133,14 @@ class RunConfig(Section):
     """How many of the newest checkpoints are kept."""
     skip_spikes: bool = False
     """Skip a step whose loss or gradient norm lies 6 standard deviations above the last 128; default: only say so."""
+    trackers: tuple[Tracker, ...] = ()
+    """Where the metrics go beside the run directory: tensorboard, wandb, trackio, mlflow (extras of these names)."""
     num_samples: int = Field(default=5, ge=0)
     """Held-out prompts answered before and after training, for the report."""
     sample_max_new_tokens: int = Field(default=128, ge=1)
     """Longest sampled answer, in tokens."""
 
-    @field_validator("drop", mode="before")
+    @field_validator("drop", "trackers", mode="before")
     @classmethod
     def _listed(cls, names: Any) -> Any:
         """On the line the names stand behind each other: `--drop duplicate,leak`."""

@@ -24,7 +24,7 @@ from penchant.report.curves import drawn_curves
 from penchant.report.figures import Number, duration, magnitude, number, percent
 from penchant.report.page import MAX_ITEMS, render_report, scored, setup_facts, shown_events
 from penchant.report.render import environment, style_hash, style_sheet
-from penchant.report.rundir import RunRecord
+from penchant.report.rundir import RunRecord, read_run
 from penchant.report.series import finite
 
 _HERE = Path(__file__).parent
@@ -103,7 +103,7 @@ class Pages:
     def report(self, request: Request) -> Response:
         """The report of a run as it would be written now."""
         run = self._run(request)
-        page = render_report(run.record(with_examples=True))
+        page = render_report(read_run(run.path))  # all of the log, not what was followed of it
         policy = f"default-src 'none'; style-src 'sha256-{style_hash()}'; base-uri 'none'; form-action 'none'; "
         return HTMLResponse(page, headers={"content-security-policy": policy + "frame-ancestors 'none'"})
 

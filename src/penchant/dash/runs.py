@@ -70,9 +70,9 @@ class Run:
             return "killed"
         return status if status in ("finished", "interrupted", "failed") else "new"
 
-    def record(self, with_examples: bool = False) -> RunRecord:
-        """What pages show; the metrics are those that were followed up to now."""
-        return read_run(self.path, self.metrics.series(), with_examples)
+    def record(self) -> RunRecord:
+        """What pages show; the metrics are those that were followed up to now, the judged examples are left out."""
+        return read_run(self.path, self.metrics.series(), with_examples=False)
 
     def mark(self) -> tuple[Any, ...]:
         """Differs where anything of the run differs."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -27,6 +27,8 @@ class RunLog:
     def __init__(self, quiet: bool = False) -> None:
         self._run_dir: Path | None = None
         self._early_events: list[dict[str, Any]] = []
+        self.after_metrics: Callable[[int], None] = lambda step: None
+        """Called with the step of every line of metrics that was written."""
         self._console = Console(stderr=True, quiet=quiet, highlight=False, soft_wrap=True)
 
     def keep_in(self, run_dir: Path) -> None:
@@ -53,6 +55,7 @@ class RunLog:
         """One line of metrics.jsonl."""
         if self._run_dir:
             append_json_line(self._run_dir / "metrics.jsonl", record)
+            self.after_metrics(record["step"])
 
     @contextmanager
     def progress(self, label: str, total: int, stays: bool = False) -> Iterator[Meter]:

@@ -19,7 +19,7 @@ from penchant.training.setup import Setup
 _FREE = {
     *("output_dir", "logging_steps", "eval_steps", "save_minutes", "save_steps", "save_best", "keep_checkpoints"),
     *("num_samples", "sample_max_new_tokens", "max_bad_rows", "microbatch_tokens", "device", "method"),
-    *("gradient_checkpointing", "sampling.batch_size", "reference.cache", "data_cache"),
+    *("gradient_checkpointing", "sampling.batch_size", "reference.cache", "data_cache", "trackers"),
 }
 """Keys that may change without a word: no step's result depends on them (`method` only names the loss)."""
 

@@ -18,6 +18,7 @@ from penchant.locking import locked
 from penchant.losses import Loss
 from penchant.online.judges import Judge, RuleJudge
 from penchant.scoring.policy import Policy
+from penchant.trackers import tracking
 from penchant.training import hardware
 from penchant.training.checkpoint import Checkpoint, newest_checkpoint, remove_from
 from penchant.training.datasets import Rows
@@ -162,6 +163,8 @@ def execute(
             _say_going_on(log, checkpoint, setup.steps, changes)
         if changes:
             remember_allowed(run_dir, current)
+        trackers = tracking(run_dir, config.trackers, lambda told, step: log.event("warn", "tracker", told, step))
+        log.after_metrics = held.enter_context(trackers).look
         run = Session(setup, log, run_dir, current, checkpoint, summary, started)
         run.complete()
     return RunResult(run_dir, run.summary)

@@ -26,6 +26,7 @@ from penchant.scoring.logps_store import LogpsStore, store_name
 from penchant.scoring.policy import Policy
 from penchant.scoring.reference import AdapterOff, FrozenModel, LogpsCache, Precomputed, Reference, distinct
 from penchant.scoring.reward import RewardLearner
+from penchant.trackers import refuse_missing
 from penchant.training import hardware
 from penchant.training.datasets import Datasets, Rows
 from penchant.training.logger import RunLog
@@ -161,6 +162,7 @@ def refuse_what_never_works(config: RunConfig, loss: Loss) -> None:
     refuse_old_versions()
     _refuse_several_processes()
     _refuse_idle_options(config, loss)
+    refuse_missing(config.trackers)
 
 
 def load_policy(
