@@ -180,6 +180,7 @@ def test_runs_stand_side_by_side(make_run: MakeRun, site: Site) -> None:
 
 def test_a_long_log_is_read_in_several_answers(make_run: MakeRun, site: Site, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(pages, "_READING_S", 0.02)
+    monkeypatch.setattr(pages, "_FIRST_READING_S", 0.02)
     run_dir = make_run()
     line = json.dumps({"step": 1, "loss": 0.5, **{f"metric-{i}": 0.123456789 for i in range(20)}})
     with (run_dir / "metrics.jsonl").open("w") as file:

@@ -22,8 +22,8 @@ def curve_of(values: list[float], chunks: list[int] | None = None) -> ThinnedCur
     return curve
 
 
-def test_a_curve_of_two_thousand_points_is_whole() -> None:
-    values = np.random.default_rng(0).normal(size=2000).tolist()
+def test_a_curve_of_a_thousand_points_is_whole() -> None:
+    values = np.random.default_rng(0).normal(size=1000).tolist()
     series = curve_of(values).series()
     assert series.points == tuple(enumerate(values, start=1))
     assert series.num_left_out == 0
@@ -64,5 +64,5 @@ def test_one_spike_among_a_hundred_thousand_stays() -> None:
     series = curve_of(values, [999] * 90).series()
     points = dict(series.points)
     assert (points[77_777], points[12_346], points[50_001]) == (50.0, -3.0, None)
-    assert len(points) < 6300
+    assert len(points) < 3300
     assert len(points) + series.num_left_out == 100_000

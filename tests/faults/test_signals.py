@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 
+from penchant.locking import ask_to_stop
 from penchant.training.checkpoint import newest_checkpoint
 
 from .matrix import Matrix, some
@@ -56,6 +57,21 @@ def test_sigterm_ends_a_run_with_143_and_it_goes_on_to_the_same_bits(
             assert summary_of(run_dir)["signal"] == signal.SIGTERM
         assert newest_step(run_dir) is not None or is_early
         workshop.finish(["resume", str(run_dir)] if run_dir.exists() else words)
+        assert_same(run_dir, workshop.whole("dpo"))
+
+
+def test_a_request_left_in_the_directory_stops_a_run_as_sigterm_does(workshop: Workshop, matrix: Matrix) -> None:
+    run_dir = workshop.run_dir("asked to stop")
+    words = workshop.train("dpo", run_dir)
+    with matrix.trial(8, "a request to stop, left in the run directory"):
+        command = workshop.start(words, Fault("penchant.training.loop:Training._step", 8, signal.SIGSTOP)).frozen()
+        assert ask_to_stop(run_dir)
+        command.send(signal.SIGCONT)
+        assert command.wait(at_most_s=30) == 143, command.said
+        assert summary_of(run_dir)["status"] == "interrupted"
+        assert 7 <= (newest_step(run_dir) or 0) < 24, "it is looked for twice a second"
+        assert not ask_to_stop(run_dir)
+        workshop.finish(["resume", str(run_dir)])
         assert_same(run_dir, workshop.whole("dpo"))
 
 

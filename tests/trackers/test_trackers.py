@@ -265,6 +265,7 @@ def test_mlflow_itself_goes_on_in_the_same_run(
     import mlflow
 
     place = (tmp_path / "mlruns").as_uri()
+    monkeypatch.setenv("MLFLOW_ALLOW_FILE_STORE", "true")
     monkeypatch.setenv("MLFLOW_TRACKING_URI", place)
     monkeypatch.setattr(trackers, "PATIENCE_S", 120.0)
     follow(run_dir, "mlflow", told).end()

@@ -32,8 +32,8 @@ _STATIC = {"dash.js": "text/javascript", "icon.svg": "image/svg+xml"}
 _LARGEST_FORM = 1 << 16
 _PAIRS_ON_A_PAGE = 10
 _TABLE_ROWS = 40
-_READING_S = 0.25
-"""How long one answer may read on in a log; what is left is read for the next one."""
+_FIRST_READING_S, _READING_S = 0.25, 1.0
+"""How long an answer, the first one and those that follow, may read on in a log; the next one reads the rest."""
 
 
 class Pages:
@@ -67,7 +67,7 @@ class Pages:
     def run(self, request: Request) -> Response:
         """One run, live."""
         run = self._run(request)
-        is_whole = run.metrics.read_on(_READING_S)
+        is_whole = _read_on(run)
         mark = _etag((run.mark(), run.metrics.num_lines, is_whole))
         if request.headers.get("if-none-match") == mark:
             return Response(status_code=304)
@@ -114,7 +114,7 @@ class Pages:
         chosen = [self._checked(known.get(name)) for name in names]
         if not chosen:
             return self._page("together.html.j2", None, runs=list(known), chosen=[], is_whole=True)
-        is_whole = not [run for run in chosen if not run.metrics.read_on(_READING_S)]
+        is_whole = not [run for run in chosen if not _read_on(run)]
         mark = _etag([(run.mark(), run.metrics.num_lines) for run in chosen])
         if request.headers.get("if-none-match") == mark:
             return Response(status_code=304)
@@ -279,6 +279,11 @@ def _row(run: Run) -> dict[str, Any]:
 def _side(pair: Mapping[str, Any], side: str) -> dict[str, Any]:
     reward: Number | None = finite(pair.get(f"{side}_reward"))
     return {"name": side, "text": pair.get(side), "reward": reward, "tokens": tokens_of(dict(pair), side)}
+
+
+def _read_on(run: Run) -> bool:
+    """Reads what is new in the log; whether that is all there is."""
+    return run.metrics.read_on(_READING_S if run.metrics.num_lines else _FIRST_READING_S)
 
 
 def _etag(seen: Any) -> str:

@@ -9,14 +9,14 @@ from penchant.report.series import Series
 
 Numbers = NDArray[np.float64]
 
-_MOST_BUCKETS = 2048
-"""Even, so that neighbours can always be joined two and two. More than twice the pixels that a chart is wide."""
+_MOST_BUCKETS = 1024
+"""Even, so that neighbours can always be joined two and two. More than three times the pixels that a chart is wide."""
 
 
 class ThinnedCurve:
     """The values of one measurement as they come: of every stretch of points its lowest and its highest are kept.
 
-    All stretches have the same number of points, one at first; when there are 2048 of them, neighbours become one. So
+    All stretches have the same number of points, one at first; when there are 1024 of them, neighbours become one. So
     curves up to that length are whole, of longer ones no extreme value is lost, and both ends are exact. A value that
     is not finite is nan; a stretch that has one keeps its place.
     """
@@ -60,7 +60,10 @@ class ThinnedCurve:
         points = np.concatenate([self._first, lows, highs, gaps, self._rest, self._last])
         points = points[np.isfinite(points[:, 0])]
         points = np.unique(points, axis=0)  # also puts them in order
-        told = tuple((_whole(step), None if np.isnan(value) else value) for step, value in points.tolist())
+        steps, values = points.T
+        told_steps = (steps.astype(np.int64) if (steps == np.floor(steps)).all() else steps).tolist()
+        told_values = [None if value != value else value for value in values.tolist()]
+        told = tuple(zip(told_steps, told_values, strict=True))
         return Series(told, max(0, self.num_points - len(told)))
 
     def _join_neighbours(self) -> None:
@@ -85,7 +88,3 @@ def _extremes(stretches: Numbers) -> Numbers:
     empty = is_gap.all(axis=1, keepdims=True)
     first_gap = np.where(is_gap.any(axis=1), stretches[every, is_gap.argmax(axis=1), 0], np.nan)
     return np.column_stack([np.where(empty, np.nan, lowest), np.where(empty, np.nan, highest), first_gap])
-
-
-def _whole(step: float) -> float | int:
-    return int(step) if step.is_integer() else step
