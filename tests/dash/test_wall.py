@@ -87,7 +87,7 @@ def test_no_path_leads_out_of_the_folder(path: str, make_run: MakeRun, site: Sit
     assert "root:" not in answer.text
 
 
-@pytest.mark.parametrize("name", ["metrics.jsonl", "run.yaml", "notes.jsonl", "pairs.jsonl", "samples.jsonl"])
+@pytest.mark.parametrize("name", ["metrics.jsonl", "run.yaml", "notes.jsonl", "pairs.jsonl", ".lock"])
 def test_a_file_that_is_a_link_out_of_the_folder_is_neither_read_nor_written(
     name: str, make_run: MakeRun, site: Site, folder: Path
 ) -> None:

@@ -16,6 +16,7 @@ from penchant.dash.follow import FollowedMetrics
 from penchant.dash.pairs import PairIndex
 from penchant.disk import append_json_line, read_mapping
 from penchant.errors import UserError
+from penchant.locking import FILES as LOCK_FILES
 from penchant.locking import is_asked_to_stop, is_being_worked_on
 from penchant.report.figures import Number
 from penchant.report.rundir import HELD_OUT, NOTES, RunRecord, clean, read_run
@@ -51,7 +52,7 @@ class Run:
 
     def stray_link(self) -> str | None:
         """The file whose link leads out of the folder, if there is one: nothing of such a run is read or written."""
-        for name in _FILES:
+        for name in (*_FILES, *LOCK_FILES):
             path = self.path / name
             if not path.resolve().is_relative_to(self.root):
                 return name
@@ -76,6 +77,8 @@ class Run:
 
     def mark(self) -> tuple[Any, ...]:
         """Differs where anything of the run differs."""
+        if self.stray_link() is not None:
+            return ("refused",)
         return (self.state(), *(_mark(self.path / name) for name in _FILES))
 
     def latest(self) -> dict[str, Number]:
