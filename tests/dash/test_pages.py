@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -213,3 +215,9 @@ def test_the_command_says_what_is_wrong(
     assert code == 2
     with pytest.raises(UserError, match="no folder"):
         Runs([folder / "nothing"])
+
+
+def test_the_page_needs_no_torch() -> None:
+    heavy = ("torch", "transformers", "peft")
+    code = f"import sys, penchant.dash.server; sys.exit(any(name in sys.modules for name in {heavy!r}))"
+    assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
