@@ -18,7 +18,7 @@ PACKAGE = ROOT / "src" / "penchant"
 
 FLOORS = [
     {"errors", "disk", "stopping"},
-    {"examples"},
+    {"examples", "watch"},
     {"types"},
     {"losses"},
     {"config"},

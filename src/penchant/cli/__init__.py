@@ -14,7 +14,8 @@ from penchant.errors import UserError, nearest
 
 EXIT_CODES = (
     "Exit codes: 0 done; 1 a fault in Penchant; 2 something you can mend (the message says what); 3 no checkpoint is "
-    "whole; 130 stopped by Ctrl-C, 143 by SIGTERM (both after a checkpoint)."
+    "whole; 4 the watch has ended the run, as watch.stop_on asks for; 130 stopped by Ctrl-C, 143 by SIGTERM (both "
+    "after a checkpoint)."
 )
 
 

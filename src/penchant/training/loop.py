@@ -29,6 +29,7 @@ from penchant.training.setup import Setup
 from penchant.training.state import expected_checkpoint_bytes, load_state, take_snapshot
 from penchant.training.step import StepOutcome, train_step
 from penchant.training.trouble import Spikes, in_smaller_pieces, report_bad_step
+from penchant.training.watchman import Watchman
 
 CHECKPOINTS = "checkpoints"
 """Where they are in a run directory."""
@@ -91,6 +92,7 @@ class Training:
         self.keep, self.extras = keep, extras
         self.optimizer = make_optimizer(setup.policy.model, setup.config, setup.policy.value_head)
         self.progress, self.window, self.spikes = Progress(), Window(), Spikes()
+        self.watchman = Watchman(setup, log)
         self.last_evaluation: Evaluation | None = None
         self.total = setup.steps
         self._source: Setup | Rounds = setup
@@ -103,13 +105,14 @@ class Training:
         self._saved_at = time.monotonic()
         self._started = started
 
-    def resume(self, checkpoint: Checkpoint) -> None:
-        """Takes everything up where the checkpoint left it."""
+    def resume(self, checkpoint: Checkpoint, goes_past_stop: bool = False) -> None:
+        """Takes everything up where the checkpoint left it, also past the place where the watch had stopped."""
         facts = load_state(checkpoint, self.setup.policy, self.optimizer)
         self.progress = Progress(**facts["progress"])
         window = facts["window"]
         self.window = Window(Means.from_json(window["means"]), window["tokens"], window["seconds"])
         self.spikes = Spikes.from_json(facts["spikes"])
+        self.watchman.load(facts.get("watch"), goes_past_stop)
         if self.setup.config.microbatch_tokens == facts["microbatch_tokens"]:  # else the user knows better by now
             self.setup.max_tokens = min(self.setup.max_tokens, facts["max_tokens"])
         if self.progress.step >= self.total:
@@ -124,7 +127,7 @@ class Training:
         return time.monotonic() - self._started
 
     def run(self) -> None:
-        """Trains the policy in place and evaluates it before, meanwhile and after.
+        """Trains the policy in place and evaluates it before, meanwhile and after; the watch may end it early.
 
         Raises:
             StopRequested: somebody asked for it; the state is that at the end of a step.
@@ -136,7 +139,7 @@ class Training:
             draws = self._source.draws(progress.step)
             while True:
                 self._evaluate_if_due()
-                if progress.step >= self.total:
+                if progress.step >= self.total or self.watchman.stop is not None:
                     break
                 self._save_if_due()
                 model.train()
@@ -160,6 +163,7 @@ class Training:
             "progress": asdict(progress),
             "window": window,
             "spikes": self.spikes.to_json(),
+            "watch": self.watchman.to_json(),
             "microbatch_tokens": config.microbatch_tokens,
             "max_tokens": self.setup.max_tokens,
             **self.extras,
@@ -183,7 +187,7 @@ class Training:
     def _step(self, draw: Draw) -> str:
         """Takes one step; what to show beside the progress bar."""
         setup, progress, config, step = self.setup, self.progress, self.setup.config, self.progress.step + 1
-        rate = learning_rate_at(step, self.total, config)
+        rate = learning_rate_at(step, self.total, config) * self.watchman.rate_factor
         for name, values in draw.seen.items():
             self.window.means.add(name, torch.tensor(values))
         if not draw.examples:  # every pair of a small batch may be a tie
@@ -246,11 +250,13 @@ class Training:
         step = self.progress.step
         stamp = {"step": step, "epoch": round(step / self.setup.steps_per_epoch, 4)}
         self.log.metrics({**stamp, "time_s": round(self.elapsed_s, 3), **values})
+        self.watchman.look({**stamp, **values})
 
     def _evaluate_if_due(self) -> None:
         setup, progress = self.setup, self.progress
         heldout, step = setup.datasets.heldout.examples, progress.step
         is_due = step in (0, self.total) or step % eval_interval(setup.config, self.total) == 0
+        is_due = is_due or self.watchman.stop is not None
         if not heldout or not is_due or progress.evaluated_at == step:
             return
 

@@ -50,8 +50,10 @@ class Session:
         checkpoint: Checkpoint | None,
         summary: dict[str, Any],
         started: float,
+        goes_past_stop: bool = False,
     ) -> None:
-        """`started` is what `time.monotonic()` said when this attempt began."""
+        """`started` is what `time.monotonic()` said when this attempt began; the rest is that of `Training.resume`."""
+        self.goes_past_stop = goes_past_stop
         self.setup, self.log, self.run_dir, self.summary = setup, log, run_dir, summary
         self.fingerprint, self.checkpoint, self.started = fingerprint, checkpoint, started
         self.training: Training | None = None
@@ -67,7 +69,7 @@ class Session:
             self._fail(error)
             raise
         try:
-            if self.summary["status"] == "finished":
+            if self.summary["status"] in ("finished", "stopped"):
                 write_model_card(self.run_dir)
             self.log.say("report", str(write_report(self.run_dir)))
         except OSError as error:  # the run has ended all the same
@@ -100,7 +102,7 @@ class Session:
         }
         self.training = training = Training(setup, reference, log, run_dir, self.keep, extras, self.started)
         if self.checkpoint:
-            training.resume(self.checkpoint)
+            training.resume(self.checkpoint, self.goes_past_stop)
         training.run()
         self._keep_speed()
         if isinstance(setup, OnlineSetup):
@@ -119,8 +121,14 @@ class Session:
         ]
         write_json_lines(run_dir / "samples.jsonl", samples)
         self._save_model()
-        self.keep(status="finished", best_step=training.progress.best_step)
-        forget_insurance(run_dir, setup.config, training.progress.best_step)
+        stop = training.watchman.stop
+        if stop is None:
+            self.keep(status="finished", best_step=training.progress.best_step)
+            forget_insurance(run_dir, setup.config, training.progress.best_step)
+        else:
+            training.save()
+            self.keep(status="stopped", stopped_by=stop.as_dict(), best_step=training.progress.best_step)
+            log.say("stopped", f"at step {stop.step} of {setup.steps} ({stop.code}); `penchant resume` would go on")
         log.say("model", str(run_dir / "model"))
 
     def _save_model(self) -> None:

@@ -21,6 +21,9 @@ from penchant.training import hardware
 from penchant.training.optim import trainable_parameters
 from penchant.types import Batch, TokenLogps
 
+_WEIGHTS_WATCHED = 2**20
+"""About how many weights are copied before a step to see how far it goes."""
+
 
 @dataclass(frozen=True)
 class StepOutcome:
@@ -54,6 +57,9 @@ def train_step(
     loss that needs the KL divergence. The weights stay as they were where loss or gradient is not finite, and where
     `accepts(loss, grad_norm)` says no.
 
+    Beside what `observe` sees: `grad_norm` before it is clipped, `grad_clipped` (the share of steps where it was), and
+    `update_ratio`, the norm of the step over the norm of the weights, measured on about a million trained weights.
+
     Raises:
         StopRequested: between two microbatches; the weights are as they were.
         UserError: memory ran out in the optimizer; the weights are of no use any more.
@@ -62,13 +68,31 @@ def train_step(
         mean_loss = accumulate_gradient(policy, reference, loss, batches, means, kl_batches)
         grad_norm = nn.utils.clip_grad_norm_(trainable_parameters(policy), max_grad_norm)
         means.add("grad_norm", grad_norm.reshape(1))
+        means.add("grad_clipped", (grad_norm > max_grad_norm).double().reshape(1))
         outcome = StepOutcome(mean_loss, grad_norm.item(), is_taken=False)
         if outcome.is_finite and accepts(outcome.loss, outcome.grad_norm):
+            before = _some_weights(policy)
             _take(optimizer)
+            means.add("update_ratio", _share_moved(before, _some_weights(policy)))
             outcome = replace(outcome, is_taken=True)
     finally:
         optimizer.zero_grad(set_to_none=True)
     return outcome
+
+
+@torch.no_grad()
+def _some_weights(policy: Policy) -> list[Tensor]:
+    """Copies of the first weights of every trained tensor, the same share of each, a million or so in all."""
+    weights = [parameter.flatten() for parameter in trainable_parameters(policy.model)]
+    share = min(1.0, _WEIGHTS_WATCHED / max(1, sum(map(len, weights))))
+    return [own[: math.ceil(share * len(own))].clone() for own in weights]
+
+
+def _share_moved(before: Sequence[Tensor], after: Sequence[Tensor]) -> Float[Tensor, " 1"]:
+    """||after - before|| / ||before||, over all tensors together."""
+    moved = torch.stack([(new - old).double().square().sum() for old, new in zip(before, after, strict=True)]).sum()
+    size = torch.stack([old.double().square().sum() for old in before]).sum()
+    return (moved / size.clamp(min=1e-30)).sqrt().reshape(1)
 
 
 def _take(optimizer: torch.optim.Optimizer) -> None:

@@ -1,0 +1,375 @@
+"""How often each detector of the watch fires on runs with the fault that it looks for, and on runs without it.
+
+Every run is a real one, trained by `penchant.train` in a second or two: a tiny model, preferences between its own
+completions by a known reward (each word has a value; the better completion is the one of the higher sum), or a rule that
+judges by the same values. A fault is a change of settings, of rows, of the rule or of the loss. Clean runs, of every
+method, are counted against every detector.
+
+    taskset -c 1 python bench/planted_faults.py --seeds 20        # goes on where it was stopped
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import io
+import json
+import shutil
+import tempfile
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from penchant import train
+from penchant.disk import append_json_line, read_json_lines
+from penchant.losses import DPOLoss, Loss
+from penchant.scoring.policy import Policy
+from penchant.types import PairLogps
+from penchant.watch import DETECTORS
+
+ROOT = Path(__file__).parents[1]
+
+Row = dict[str, Any]
+
+NUM_WORDS, WORDS_A_PROMPT, LONGEST = 60, 4, 16
+PAD, START, END = 0, 1, 2
+COMMON: dict[str, Any] = {
+    "batch_size": 16,
+    "max_steps": 60,
+    "learning_rate": 2e-3,
+    "num_samples": 0,
+    "eval_steps": 10,
+    "layout": "padded",
+    "device": "cpu",
+    "dtype": "float32",
+    "data_cache": "none",
+    "quiet": True,
+}
+ONLINE: dict[str, Any] = {
+    "max_steps": 40,
+    "batch_size": 16,
+    "learning_rate": 1e-3,
+    "sampling": {"max_new_tokens": LONGEST, "completions": 4},
+    "online": {"prompts_per_round": 16, "rounds": 40},
+}
+
+
+class World:
+    """A seed's world: a tiny language model, what each word is worth, and answers that the model itself would give."""
+
+    def __init__(self, seed: int) -> None:
+        self.rng = np.random.default_rng(seed)
+        torch.manual_seed(seed)
+        self.values = self.rng.normal(size=NUM_WORDS)
+
+    def policy(self, seed: int = 0) -> Policy:
+        """A model with random weights, peaked enough to know its own words, that ends after some ten of them."""
+        from tokenizers import Tokenizer, models, pre_tokenizers
+        from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+
+        words = {"<pad>": PAD, "<s>": START, "</s>": END, **{f"w{i}": 3 + i for i in range(NUM_WORDS)}}
+        bare = Tokenizer(models.WordLevel(words, unk_token="<pad>"))
+        bare.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+        tokenizer = PreTrainedTokenizerFast(
+            tokenizer_object=bare, pad_token="<pad>", bos_token="<s>", eos_token="</s>", unk_token="<pad>"
+        )
+        torch.manual_seed(int(self.rng.integers(2**31)) + seed)
+        model = LlamaForCausalLM(
+            LlamaConfig(
+                vocab_size=3 + NUM_WORDS,
+                hidden_size=32,
+                intermediate_size=64,
+                num_hidden_layers=2,
+                num_attention_heads=4,
+                num_key_value_heads=2,
+                initializer_range=0.2,
+                bos_token_id=START,
+                eos_token_id=END,
+                pad_token_id=PAD,
+                max_position_embeddings=64,
+            )
+        )
+        return Policy(model, tokenizer, "float32")
+
+    def score(self, text: str) -> float:
+        """What a text is worth: the mean value of its words."""
+        ids = [int(word[1:]) for word in text.split() if word[1:].isdigit()]
+        return float(self.values[ids].mean()) if ids else -3.0
+
+    def prompts(self, number: int) -> list[str]:
+        """Prompts, each another one."""
+        drawn = self.rng.integers(0, NUM_WORDS, size=(number, WORDS_A_PROMPT))
+        return [" ".join(f"w{i}" for i in row) for row in drawn]
+
+    @torch.no_grad()
+    def answers(self, policy: Policy, prompts: Sequence[str], temperature: float = 1.0) -> list[str]:
+        """An answer to each prompt, drawn from the model token by token; lengths are drawn apart, 6 to LONGEST - 2."""
+        ids = torch.tensor([[3 + int(word[1:]) for word in prompt.split()] for prompt in prompts])
+        lengths = self.rng.integers(6, LONGEST - 1, size=len(prompts))
+        generator = torch.Generator().manual_seed(int(self.rng.integers(2**31)))
+        start = ids.shape[1]
+        for _ in range(LONGEST - 2):
+            logits = policy.model(input_ids=ids).logits[:, -1] / temperature
+            logits[:, :3] = -torch.inf
+            ids = torch.cat([ids, torch.multinomial(logits.softmax(-1), 1, generator=generator)], dim=1)
+        return [
+            " ".join(f"w{i - 3}" for i in row[start : start + length].tolist())
+            for row, length in zip(ids, lengths, strict=True)
+        ]
+
+    def pairs(self, policy: Policy, number: int, temperature: float = 1.0) -> list[Row]:
+        """Pairs of the model's own answers, the better one chosen."""
+        prompts = self.prompts(number)
+        first, second = (self.answers(policy, prompts, temperature) for _ in range(2))
+        rows = []
+        for prompt, one, other in zip(prompts, first, second, strict=True):
+            better, worse = (one, other) if self.score(one) > self.score(other) else (other, one)
+            if better != worse:
+                rows.append({"prompt": prompt, "chosen": better, "rejected": worse})
+        return rows
+
+
+@dataclass(frozen=True)
+class Case:
+    """A kind of run: its settings, what is done to rows, which rule judges, and which loss of its own it has."""
+
+    settings: dict[str, Any] = field(default_factory=dict)
+    change: Callable[[list[Row], World, Policy], list[Row]] = lambda rows, world, policy: rows
+    """What becomes of the training rows."""
+    change_heldout: Callable[[list[Row], World, Policy], list[Row]] = lambda rows, world, policy: rows
+    rule: Callable[[World], Callable[[str, list[str]], list[float]]] | None = None
+    """Of runs that sample: the rule that judges."""
+    loss: Callable[[], Loss] | None = None
+    num_rows: int = 600
+    num_heldout: int = 128
+    temperature: float = 1.0
+    """Of the answers in the rows."""
+
+
+def by_value(world: World) -> Callable[[str, list[str]], list[float]]:
+    """The sound rule: what the words are worth."""
+    return lambda prompt, completions: [world.score(text) for text in completions]
+
+
+def by_length(world: World) -> Callable[[str, list[str]], list[float]]:
+    return lambda prompt, completions: [float(len(text.split())) for text in completions]
+
+
+def by_one_word(world: World) -> Callable[[str, list[str]], list[float]]:
+    """A rule that pays for one word, as often as it stands there."""
+    return lambda prompt, completions: [float(text.split().count("w7")) for text in completions]
+
+
+def by_nothing(world: World) -> Callable[[str, list[str]], list[float]]:
+    return lambda prompt, completions: [1.0] * len(completions)
+
+
+def swapped(rows: list[Row], world: World, policy: Policy) -> list[Row]:
+    return [{**row, "chosen": row["rejected"], "rejected": row["chosen"]} for row in rows]
+
+
+def random_labels(rows: list[Row], world: World, policy: Policy) -> list[Row]:
+    flips = world.rng.random(len(rows)) < 0.5
+    return [swapped([row], world, policy)[0] if flip else row for row, flip in zip(rows, flips, strict=True)]
+
+
+def longer_chosen(rows: list[Row], world: World, policy: Policy) -> list[Row]:
+    """The longer answer is always the chosen one."""
+    return [
+        row if len(row["chosen"].split()) >= len(row["rejected"].split()) else swapped([row], world, policy)[0]
+        for row in rows
+    ]
+
+
+def one_word_apart(rows: list[Row], world: World, policy: Policy) -> list[Row]:
+    """The rejected answer is the chosen one but for its last word, and all pairs come again and again."""
+    found = []
+    for row in rows:
+        words = row["chosen"].split()
+        other = f"w{int(world.rng.integers(NUM_WORDS))}"
+        if other != words[-1]:
+            found.append({**row, "rejected": " ".join([*words[:-1], other])})
+    return found
+
+
+def marked(rows: list[Row], world: World, policy: Policy) -> list[Row]:
+    """Chosen answers are full of one word, rejected ones of another: nothing is easier to tell apart."""
+    return [{**row, "chosen": row["chosen"] + " w1 w1 w1", "rejected": row["rejected"] + " w2 w2 w2"} for row in rows]
+
+
+def foreign(rows: list[Row], world: World, policy: Policy) -> list[Row]:
+    """Answers of words drawn at random, which the model would hardly ever say."""
+
+    def words(text: str) -> str:
+        return " ".join(f"w{i}" for i in world.rng.integers(0, NUM_WORDS, size=len(text.split())))
+
+    return [{**row, "chosen": words(row["chosen"]), "rejected": words(row["rejected"])} for row in rows]
+
+
+def singles(rows: list[Row], world: World, policy: Policy, desirable: float = 0.5) -> list[Row]:
+    """Each pair as one judged completion."""
+    return [
+        {"prompt": row["prompt"], "completion": row["chosen" if good else "rejected"], "label": bool(good)}
+        for row, good in zip(rows, world.rng.random(len(rows)) < desirable, strict=True)
+    ]
+
+
+def hardly_any_desirable(rows: list[Row], world: World, policy: Policy) -> list[Row]:
+    return singles(rows, world, policy, 0.06)
+
+
+@dataclass(frozen=True)
+class CutLoss(DPOLoss, name="planted-cut"):
+    """DPO whose author has cut the graph."""
+
+    def __call__(self, logps: PairLogps) -> Tensor:
+        return super().__call__(logps).detach() + 0.0 * logps.policy_chosen_logps
+
+
+def with_(case: Case, **settings: Any) -> Case:
+    return replace(case, settings={**case.settings, **settings})
+
+
+_ONLINE_DPO = Case({**ONLINE, "method": "online-dpo"}, rule=by_value)
+_GRPO = Case({**ONLINE, "method": "grpo"}, rule=by_value)
+_PPO = Case(
+    {**ONLINE, "method": "ppo", "sampling": {"max_new_tokens": LONGEST}, "advantage": {"value_learning_rate": 1e-2}},
+    rule=by_value,
+)
+
+CLEAN: dict[str, Case] = {
+    "dpo": Case({"method": "dpo"}),
+    "dpo, lora": Case({"method": "dpo", "lora": {"rank": 4}, "learning_rate": 5e-3}),
+    "ipo": Case({"method": "ipo", "learning_rate": 1e-3}),
+    "kto": Case({"method": "kto"}, change=singles),
+    "simpo": Case({"method": "simpo"}),
+    "orpo": Case({"method": "orpo"}),
+    "online-dpo": _ONLINE_DPO,
+    "grpo": _GRPO,
+    "ppo": _PPO,
+}
+"""Runs with nothing wrong."""
+
+FAULTS: dict[str, Case] = {
+    "weak-reference": Case({"method": "dpo"}, change=foreign, change_heldout=foreign),
+    "rate-too-low": Case({"method": "dpo", "learning_rate": 1e-7}),
+    "nothing-learned": Case({"method": "dpo"}, change=random_labels, change_heldout=random_labels, num_rows=1000),
+    "reversed": Case({"method": "dpo"}, change_heldout=swapped),
+    "overfit": Case({"method": "dpo", "num_train_epochs": 15}, change=random_labels, num_rows=64),
+    "saturated": Case({"method": "dpo", "learning_rate": 1e-2}, change=marked, change_heldout=marked, num_rows=1000),
+    "length-exploitation": Case({"method": "dpo"}, change=longer_chosen, change_heldout=longer_chosen),
+    "displaced": Case({"method": "dpo", "learning_rate": 1e-2}, change=one_word_apart, change_heldout=one_word_apart),
+    "far-from-reference": Case({"method": "dpo", "loss": {"beta": 0.01}, "learning_rate": 1e-2}),
+    "over-optimised": Case({"method": "dpo", "num_train_epochs": 30, "max_steps": 90}, num_rows=48),
+    "margin-explosion": Case({"method": "dpo", "loss": {"beta": 1.0}, "learning_rate": 1e-2}),
+    "beta-too-high": Case({"method": "dpo", "loss": {"beta": 10.0}, "learning_rate": 2e-4}),
+    "beta-too-low": Case({"method": "dpo", "loss": {"beta": 0.002}, "learning_rate": 1e-2}),
+    "no-gradient": Case({}, loss=CutLoss),
+    "rate-too-high": Case({"method": "dpo", "learning_rate": 0.1}),
+    "kto-anchor": Case({"method": "kto"}, change=hardly_any_desirable),
+    "ipo-target": Case({"method": "ipo", "learning_rate": 2e-2}),
+    "orpo-balance": Case({"method": "orpo", "loss": {"odds_ratio_weight": 20.0}}),
+    "simpo-margin": Case({"method": "simpo", "loss": {"gamma_beta_ratio": 10.0}}),
+    "answers-grow": with_(replace(_ONLINE_DPO, rule=by_length), learning_rate=3e-3),
+    "unfinished": with_(_GRPO, sampling={"max_new_tokens": 3, "completions": 4}),
+    "repetition": with_(replace(_GRPO, rule=by_one_word), learning_rate=3e-3),
+    "mode-collapse": with_(replace(_GRPO, rule=by_one_word), learning_rate=3e-3),
+    "undecided": replace(_GRPO, rule=by_nothing),
+    "low-acceptance": Case(
+        {**ONLINE, "method": "rso", "sampling": {"max_new_tokens": LONGEST, "completions": 16},
+         "online": {"accept": 4, "accept_beta": 0.01, "rounds": 2, "prompts_per_round": 16}},
+        rule=by_value,
+    ),
+    "clipped-tokens": with_(_GRPO, learning_rate=5e-3, num_train_epochs=5, online={"prompts_per_round": 32}),
+    "blind-values": with_(_PPO, advantage={"value_learning_rate": 1e-9}),
+}  # fmt: skip
+"""By the code of a detector the run with its fault."""
+
+
+def findings_of(case: Case, seed: int, folder: Path) -> list[dict[str, Any]]:
+    """Trains the case and gives back what the watch told: code, severity, step."""
+    world = World(seed)
+    policy = world.policy()
+    online = case.rule is not None
+    if online:
+        data, heldout = [{"prompt": text} for text in world.prompts(320)], [{"prompt": t} for t in world.prompts(48)]
+    else:
+        rows = world.pairs(policy, case.num_rows + case.num_heldout, case.temperature)
+        data = case.change(rows[case.num_heldout :], world, policy)
+        heldout = case.change_heldout(rows[: case.num_heldout], world, policy)
+    settings = {**COMMON, **case.settings, "seed": seed, "output_dir": str(folder)}
+    if "reference" not in settings and not online:
+        settings |= {"reference": {"cache": "none"}} if settings.get("method") not in ("simpo", "orpo") else {}
+    judge = case.rule(world) if case.rule else None
+    loss = case.loss() if case.loss else None
+    own_loss = settings.pop("loss", None)
+    with contextlib.redirect_stderr(io.StringIO()):
+        train(policy, data, heldout, loss=loss or own_loss, judge=judge, overwrite=True, **settings)
+    return [event for event in read_json_lines(folder / "events.jsonl") if event["code"] in DETECTORS]
+
+
+def measure(cases: Sequence[tuple[str, str, Case]], seeds: Sequence[int], results: Path, say: bool = True) -> None:
+    """Runs what `results` does not have yet: (kind, name, case) for each seed; a line of JSON for each run."""
+    done = {(row["kind"], row["name"], row["seed"]) for row in read_json_lines(results)}
+    with tempfile.TemporaryDirectory() as place:
+        for seed in seeds:
+            for kind, name, case in cases:
+                if (kind, name, seed) in done:
+                    continue
+                started = time.monotonic()
+                found = findings_of(case, seed + (1000 if kind == "fault" else 0), Path(place) / "run")
+                shutil.rmtree(Path(place) / "run")
+                told = {one["code"]: [one["severity"], one["step"]] for one in found}
+                row = {"kind": kind, "name": name, "seed": seed, "told": told}
+                append_json_line(results, row | {"seconds": round(time.monotonic() - started, 2)})
+                if say:
+                    print(f"{kind:<6}{name:<22}{seed:>3} {time.monotonic() - started:6.1f} s  {told}", flush=True)
+
+
+def cases() -> list[tuple[str, str, Case]]:
+    """Every kind of run."""
+    return [("clean", name, case) for name, case in CLEAN.items()] + [("fault", n, case) for n, case in FAULTS.items()]
+
+
+def table(rows: Sequence[dict[str, Any]]) -> tuple[str, bool]:
+    """The confusion table as Markdown, and whether each detector keeps to 95% and 5%."""
+    lines, holds = ["| detector | fires on faulty runs | fires on clean runs |", "|---|---|---|"], True
+    clean = [row for row in rows if row["kind"] == "clean"]
+    for code in DETECTORS:
+        faulty = [row for row in rows if row["kind"] == "fault" and row["name"] == code]
+        hits, alarms = sum(code in row["told"] for row in faulty), sum(code in row["told"] for row in clean)
+        lines.append(f"| {code} | {hits} of {len(faulty)} | {alarms} of {len(clean)} |")
+        holds &= hits >= 0.95 * len(faulty) and alarms <= 0.05 * len(clean) and bool(faulty)
+    quiet = sum(not row["told"] for row in clean)
+    lines.append(f"\nOf {len(clean)} clean runs {quiet} were told nothing at all; {sum(r['seconds'] for r in rows):.0f} s.")
+    return "\n".join(lines), holds
+
+
+def main() -> None:
+    """Runs, prints the table, and ends with exit code 1 where a detector misses its mark of 95% and 5%."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--seeds", type=int, default=20)
+    parser.add_argument("--only", nargs="*", default=[], metavar="NAME", help="these runs alone")
+    parser.add_argument("--results", type=Path, default=ROOT / "runs" / "planted_faults.jsonl", help="kept and gone on with")
+    parser.add_argument("--markdown", type=Path, metavar="FILE", help="write the table there as well")
+    options = parser.parse_args()
+    torch.set_num_threads(1)
+    options.results.parent.mkdir(parents=True, exist_ok=True)
+    wanted = [case for case in cases() if not options.only or case[1] in options.only]
+    measure(wanted, range(options.seeds), options.results)
+    text, holds = table([row for row in read_json_lines(options.results) if row["seed"] < options.seeds])
+    print(text)
+    if options.markdown:
+        options.markdown.write_text(text + "\n", encoding="utf-8")
+    if not holds:
+        raise SystemExit(1)
+
+
+if __name__ == "__main__":
+    main()
