@@ -37,12 +37,15 @@ ROOT = Path(__file__).parents[1]
 
 Row = dict[str, Any]
 
-NUM_WORDS, WORDS_A_PROMPT, LONGEST = 60, 4, 16
+NUM_WORDS, WORDS_A_PROMPT, LONGEST = 60, 3, 12
 PAD, START, END = 0, 1, 2
+MOST_ROWS = 800
+BETA = 0.5
+"""Answers are short here: a nat counts for more than in a paragraph."""
 COMMON: dict[str, Any] = {
     "batch_size": 16,
-    "max_steps": 60,
-    "learning_rate": 2e-3,
+    "max_steps": 40,
+    "learning_rate": 5e-4,
     "num_samples": 0,
     "eval_steps": 10,
     "layout": "padded",
@@ -52,11 +55,11 @@ COMMON: dict[str, Any] = {
     "quiet": True,
 }
 ONLINE: dict[str, Any] = {
-    "max_steps": 40,
+    "max_steps": 30,
     "batch_size": 16,
-    "learning_rate": 1e-3,
+    "learning_rate": 3e-4,
     "sampling": {"max_new_tokens": LONGEST, "completions": 4},
-    "online": {"prompts_per_round": 16, "rounds": 40},
+    "online": {"prompts_per_round": 16, "rounds": 30},
 }
 
 
@@ -64,12 +67,13 @@ class World:
     """A seed's world: a tiny language model, what each word is worth, and answers that the model itself would give."""
 
     def __init__(self, seed: int) -> None:
-        self.rng = np.random.default_rng(seed)
-        torch.manual_seed(seed)
+        self.seed, self.rng = seed, np.random.default_rng(seed)
         self.values = self.rng.normal(size=NUM_WORDS)
+        self.model = self.policy()
+        self.rows = self.pairs(self.model, MOST_ROWS)
 
-    def policy(self, seed: int = 0) -> Policy:
-        """A model with random weights, peaked enough to know its own words, that ends after some ten of them."""
+    def policy(self) -> Policy:
+        """A model with random weights, peaked enough to know its own words, that ends after some six of them."""
         from tokenizers import Tokenizer, models, pre_tokenizers
         from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
@@ -79,13 +83,13 @@ class World:
         tokenizer = PreTrainedTokenizerFast(
             tokenizer_object=bare, pad_token="<pad>", bos_token="<s>", eos_token="</s>", unk_token="<pad>"
         )
-        torch.manual_seed(int(self.rng.integers(2**31)) + seed)
+        torch.manual_seed(self.seed)
         model = LlamaForCausalLM(
             LlamaConfig(
                 vocab_size=3 + NUM_WORDS,
                 hidden_size=32,
                 intermediate_size=64,
-                num_hidden_layers=2,
+                num_hidden_layers=1,
                 num_attention_heads=4,
                 num_key_value_heads=2,
                 initializer_range=0.2,
@@ -95,6 +99,20 @@ class World:
                 max_position_embeddings=64,
             )
         )
+        with torch.no_grad():
+            model.lm_head.weight *= 2.0  # peaked: a word costs some 2.5 nats
+            # One dimension says nothing but that an answer may end.
+            model.model.embed_tokens.weight[:, 0] = 1.0
+            for layer in model.model.layers:
+                for adds in (layer.self_attn.o_proj, layer.mlp.down_proj):
+                    adds.weight *= 0.3
+                    adds.weight[0] = 0.0
+            model.lm_head.weight[:, 0] = 0.0
+            model.lm_head.weight[:3] = 0.0
+            hidden = model.model(input_ids=torch.randint(3, 3 + NUM_WORDS, (64, 8))).last_hidden_state
+            words = (hidden @ model.lm_head.weight[3:].T).logsumexp(-1)
+            model.lm_head.weight[END, 0] = (words.mean() + np.log(1 / 5)) / hidden[..., 0].mean()
+            model.lm_head.weight[[PAD, START], 0] = -model.lm_head.weight[END, 0]
         return Policy(model, tokenizer, "float32")
 
     def score(self, text: str) -> float:
@@ -108,14 +126,14 @@ class World:
         return [" ".join(f"w{i}" for i in row) for row in drawn]
 
     @torch.no_grad()
-    def answers(self, policy: Policy, prompts: Sequence[str], temperature: float = 1.0) -> list[str]:
-        """An answer to each prompt, drawn from the model token by token; lengths are drawn apart, 6 to LONGEST - 2."""
+    def answers(self, policy: Policy, prompts: Sequence[str]) -> list[str]:
+        """An answer to each prompt, drawn from the model word by word; lengths are drawn apart, 4 to LONGEST - 2."""
         ids = torch.tensor([[3 + int(word[1:]) for word in prompt.split()] for prompt in prompts])
-        lengths = self.rng.integers(6, LONGEST - 1, size=len(prompts))
+        lengths = self.rng.integers(4, LONGEST - 1, size=len(prompts))
         generator = torch.Generator().manual_seed(int(self.rng.integers(2**31)))
         start = ids.shape[1]
         for _ in range(LONGEST - 2):
-            logits = policy.model(input_ids=ids).logits[:, -1] / temperature
+            logits = policy.model(input_ids=ids).logits[:, -1]
             logits[:, :3] = -torch.inf
             ids = torch.cat([ids, torch.multinomial(logits.softmax(-1), 1, generator=generator)], dim=1)
         return [
@@ -123,10 +141,10 @@ class World:
             for row, length in zip(ids, lengths, strict=True)
         ]
 
-    def pairs(self, policy: Policy, number: int, temperature: float = 1.0) -> list[Row]:
+    def pairs(self, policy: Policy, number: int) -> list[Row]:
         """Pairs of the model's own answers, the better one chosen."""
         prompts = self.prompts(number)
-        first, second = (self.answers(policy, prompts, temperature) for _ in range(2))
+        first, second = (self.answers(policy, prompts) for _ in range(2))
         rows = []
         for prompt, one, other in zip(prompts, first, second, strict=True):
             better, worse = (one, other) if self.score(one) > self.score(other) else (other, one)
@@ -143,18 +161,21 @@ class Case:
     change: Callable[[list[Row], World, Policy], list[Row]] = lambda rows, world, policy: rows
     """What becomes of the training rows."""
     change_heldout: Callable[[list[Row], World, Policy], list[Row]] = lambda rows, world, policy: rows
-    rule: Callable[[World], Callable[[str, list[str]], list[float]]] | None = None
+    rule: Callable[[World], Callable[..., list[float]]] | None = None
     """Of runs that sample: the rule that judges."""
     loss: Callable[[], Loss] | None = None
-    num_rows: int = 600
-    num_heldout: int = 128
-    temperature: float = 1.0
-    """Of the answers in the rows."""
+    num_rows: int = 640
+    num_heldout: int = 96
 
 
 def by_value(world: World) -> Callable[[str, list[str]], list[float]]:
-    """The sound rule: what the words are worth."""
-    return lambda prompt, completions: [world.score(text) for text in completions]
+    """The sound rule: what an answer's different words are worth, and an end where there is one."""
+
+    def score(text: str) -> float:
+        words = text.split()
+        return world.score(" ".join(sorted(set(words)))) - 2.0 * (len(words) >= LONGEST)
+
+    return lambda prompt, completions: [score(text) for text in completions]
 
 
 def by_length(world: World) -> Callable[[str, list[str]], list[float]]:
@@ -164,6 +185,12 @@ def by_length(world: World) -> Callable[[str, list[str]], list[float]]:
 def by_one_word(world: World) -> Callable[[str, list[str]], list[float]]:
     """A rule that pays for one word, as often as it stands there."""
     return lambda prompt, completions: [float(text.split().count("w7")) for text in completions]
+
+
+def by_proxy(world: World) -> Callable[..., list[float]]:
+    """What is trained on is judged by one word, and what is held out by the sound rule: Goodhart's law."""
+    proxy, sound = by_one_word(world), by_value(world)
+    return lambda prompt, completions, row: (proxy if row["is_trained"] else sound)(prompt, completions)
 
 
 def by_nothing(world: World) -> Callable[[str, list[str]], list[float]]:
@@ -236,18 +263,26 @@ def with_(case: Case, **settings: Any) -> Case:
     return replace(case, settings={**case.settings, **settings})
 
 
-_ONLINE_DPO = Case({**ONLINE, "method": "online-dpo"}, rule=by_value)
+_DPO = Case({"method": "dpo", "loss": {"beta": BETA}})
+_ONLINE_DPO = Case({**ONLINE, "method": "online-dpo", "loss": {"beta": BETA}}, rule=by_value)
 _GRPO = Case({**ONLINE, "method": "grpo"}, rule=by_value)
 _PPO = Case(
-    {**ONLINE, "method": "ppo", "sampling": {"max_new_tokens": LONGEST}, "advantage": {"value_learning_rate": 1e-2}},
+    {
+        **ONLINE,
+        "method": "ppo",
+        "max_steps": 40,
+        "sampling": {"max_new_tokens": LONGEST},
+        "online": {"prompts_per_round": 32, "rounds": 20},
+        "advantage": {"value_learning_rate": 3e-3},
+    },
     rule=by_value,
 )
 
 CLEAN: dict[str, Case] = {
-    "dpo": Case({"method": "dpo"}),
-    "dpo, lora": Case({"method": "dpo", "lora": {"rank": 4}, "learning_rate": 5e-3}),
-    "ipo": Case({"method": "ipo", "learning_rate": 1e-3}),
-    "kto": Case({"method": "kto"}, change=singles),
+    "dpo": _DPO,
+    "dpo, lora": with_(_DPO, lora={"rank": 4}, learning_rate=1e-3),
+    "ipo": Case({"method": "ipo", "loss": {"beta": 0.5}}),
+    "kto": Case({"method": "kto", "loss": {"beta": BETA}}, change=singles),
     "simpo": Case({"method": "simpo"}),
     "orpo": Case({"method": "orpo"}),
     "online-dpo": _ONLINE_DPO,
@@ -257,53 +292,56 @@ CLEAN: dict[str, Case] = {
 """Runs with nothing wrong."""
 
 FAULTS: dict[str, Case] = {
-    "weak-reference": Case({"method": "dpo"}, change=foreign, change_heldout=foreign),
-    "rate-too-low": Case({"method": "dpo", "learning_rate": 1e-7}),
-    "nothing-learned": Case({"method": "dpo"}, change=random_labels, change_heldout=random_labels, num_rows=1000),
-    "reversed": Case({"method": "dpo"}, change_heldout=swapped),
-    "overfit": Case({"method": "dpo", "num_train_epochs": 15}, change=random_labels, num_rows=64),
-    "saturated": Case({"method": "dpo", "learning_rate": 1e-2}, change=marked, change_heldout=marked, num_rows=1000),
-    "length-exploitation": Case({"method": "dpo"}, change=longer_chosen, change_heldout=longer_chosen),
-    "displaced": Case({"method": "dpo", "learning_rate": 1e-2}, change=one_word_apart, change_heldout=one_word_apart),
-    "far-from-reference": Case({"method": "dpo", "loss": {"beta": 0.01}, "learning_rate": 1e-2}),
-    "over-optimised": Case({"method": "dpo", "num_train_epochs": 30, "max_steps": 90}, num_rows=48),
-    "margin-explosion": Case({"method": "dpo", "loss": {"beta": 1.0}, "learning_rate": 1e-2}),
-    "beta-too-high": Case({"method": "dpo", "loss": {"beta": 10.0}, "learning_rate": 2e-4}),
-    "beta-too-low": Case({"method": "dpo", "loss": {"beta": 0.002}, "learning_rate": 1e-2}),
+    "weak-reference": replace(_DPO, change=foreign, change_heldout=foreign),
+    "rate-too-low": with_(_DPO, learning_rate=1e-7),
+    "nothing-learned": replace(_DPO, change=random_labels, change_heldout=random_labels),
+    "reversed": replace(_DPO, change_heldout=swapped),
+    "overfit": replace(with_(_DPO, num_train_epochs=15, learning_rate=2e-3), change=random_labels, num_rows=64),
+    "saturated": replace(with_(_DPO, learning_rate=5e-3), change=marked, change_heldout=marked),
+    "length-exploitation": replace(
+        with_(_DPO, learning_rate=2e-3), change=longer_chosen, change_heldout=longer_chosen
+    ),
+    "displaced": replace(with_(_DPO, learning_rate=5e-3), change=one_word_apart, change_heldout=one_word_apart),
+    "far-from-reference": with_(_DPO, loss={"beta": 0.02}, learning_rate=5e-3),
+    "over-optimised": with_(replace(_GRPO, rule=by_proxy), learning_rate=3e-3),
+    "margin-explosion": replace(with_(_DPO, learning_rate=5e-3), change=marked, change_heldout=marked),
+    "beta-too-high": with_(_DPO, loss={"beta": 50.0}, learning_rate=2e-5),
+    "beta-too-low": with_(_DPO, loss={"beta": 0.005}, learning_rate=2e-3),
     "no-gradient": Case({}, loss=CutLoss),
-    "rate-too-high": Case({"method": "dpo", "learning_rate": 0.1}),
-    "kto-anchor": Case({"method": "kto"}, change=hardly_any_desirable),
-    "ipo-target": Case({"method": "ipo", "learning_rate": 2e-2}),
+    "rate-too-high": with_(_DPO, learning_rate=0.1),
+    "kto-anchor": Case({"method": "kto", "loss": {"beta": BETA}}, change=hardly_any_desirable),
+    "ipo-target": Case({"method": "ipo", "loss": {"beta": 0.02}}),
     "orpo-balance": Case({"method": "orpo", "loss": {"odds_ratio_weight": 20.0}}),
     "simpo-margin": Case({"method": "simpo", "loss": {"gamma_beta_ratio": 10.0}}),
-    "answers-grow": with_(replace(_ONLINE_DPO, rule=by_length), learning_rate=3e-3),
+    "answers-grow": with_(replace(_ONLINE_DPO, rule=by_length), learning_rate=2e-3),
     "unfinished": with_(_GRPO, sampling={"max_new_tokens": 3, "completions": 4}),
-    "repetition": with_(replace(_GRPO, rule=by_one_word), learning_rate=3e-3),
-    "mode-collapse": with_(replace(_GRPO, rule=by_one_word), learning_rate=3e-3),
+    "repetition": with_(replace(_GRPO, rule=by_one_word), learning_rate=2e-3),
+    "mode-collapse": with_(replace(_GRPO, rule=by_one_word), learning_rate=2e-3),
     "undecided": replace(_GRPO, rule=by_nothing),
     "low-acceptance": Case(
-        {**ONLINE, "method": "rso", "sampling": {"max_new_tokens": LONGEST, "completions": 16},
-         "online": {"accept": 4, "accept_beta": 0.01, "rounds": 2, "prompts_per_round": 16}},
+        {**ONLINE, "method": "rso", "sampling": {"max_new_tokens": LONGEST, "completions": 32},
+         "online": {"accept": 4, "accept_beta": 0.001, "rounds": 2, "prompts_per_round": 16}},
         rule=by_value,
     ),
-    "clipped-tokens": with_(_GRPO, learning_rate=5e-3, num_train_epochs=5, online={"prompts_per_round": 32}),
+    "clipped-tokens": with_(_GRPO, learning_rate=3e-3, num_train_epochs=5, online={"prompts_per_round": 32}),
     "blind-values": with_(_PPO, advantage={"value_learning_rate": 1e-9}),
 }  # fmt: skip
 """By the code of a detector the run with its fault."""
 
 
-def findings_of(case: Case, seed: int, folder: Path) -> list[dict[str, Any]]:
+def findings_of(case: Case, world: World, folder: Path) -> list[dict[str, Any]]:
     """Trains the case and gives back what the watch told: code, severity, step."""
-    world = World(seed)
-    policy = world.policy()
+    world.rng, policy = np.random.default_rng([world.seed, 1]), world.policy()
     online = case.rule is not None
     if online:
-        data, heldout = [{"prompt": text} for text in world.prompts(320)], [{"prompt": t} for t in world.prompts(48)]
+        prompts = world.prompts(288)
+        data = [{"prompt": text, "is_trained": True} for text in prompts[48:]]
+        heldout = [{"prompt": text, "is_trained": False} for text in prompts[:48]]
     else:
-        rows = world.pairs(policy, case.num_rows + case.num_heldout, case.temperature)
+        rows = world.rows[: case.num_heldout + case.num_rows]
         data = case.change(rows[case.num_heldout :], world, policy)
         heldout = case.change_heldout(rows[: case.num_heldout], world, policy)
-    settings = {**COMMON, **case.settings, "seed": seed, "output_dir": str(folder)}
+    settings = {**COMMON, **case.settings, "seed": world.seed, "output_dir": str(folder)}
     if "reference" not in settings and not online:
         settings |= {"reference": {"cache": "none"}} if settings.get("method") not in ("simpo", "orpo") else {}
     judge = case.rule(world) if case.rule else None
@@ -319,11 +357,12 @@ def measure(cases: Sequence[tuple[str, str, Case]], seeds: Sequence[int], result
     done = {(row["kind"], row["name"], row["seed"]) for row in read_json_lines(results)}
     with tempfile.TemporaryDirectory() as place:
         for seed in seeds:
+            world = World(seed)
             for kind, name, case in cases:
                 if (kind, name, seed) in done:
                     continue
                 started = time.monotonic()
-                found = findings_of(case, seed + (1000 if kind == "fault" else 0), Path(place) / "run")
+                found = findings_of(case, world, Path(place) / "run")
                 shutil.rmtree(Path(place) / "run")
                 told = {one["code"]: [one["severity"], one["step"]] for one in found}
                 row = {"kind": kind, "name": name, "seed": seed, "told": told}

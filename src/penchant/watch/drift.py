@@ -153,11 +153,11 @@ def margin_explosion(history: History, facts: Facts, at: Thresholds) -> Seen | N
     "the reward of Rafailov et al. 2023 (arXiv:2305.18290), Eq. 5; thresholds measured here",
     has_log_ratios,
     share=0.5,
-    nats=1.0,
+    nats=0.3,
     loss=0.7,
 )
 def beta_too_high(history: History, facts: Facts, at: Thresholds) -> Seen | None:
-    """The loss well below its start while the log-ratios differ by less than a nat an answer."""
+    """The loss well below its start while the log-ratios of an answer hardly differ."""
     beta, loss = facts.beta, history["loss"]
     if beta is None or facts.is_online or not is_settled(history, facts, at["share"]):
         return None

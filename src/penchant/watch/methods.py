@@ -34,22 +34,26 @@ def kto_anchor(history: History, facts: Facts, at: Thresholds) -> Seen | None:
 
 @detector(
     "ipo-target",
-    "IPO's margin has shot past its target",
+    "IPO's margin ends far from its target",
     "ipo",
-    "IPO pulls every margin to 1/(2 beta) of log-ratio; beyond it the loss pushes back, which costs what was learned.",
-    "Lower learning_rate, or lower beta if the policy may move further.",
+    "IPO pulls every margin to 1/(2 beta) of log-ratio; a run that ends elsewhere was not the one that beta asks for.",
+    "Below the target raise learning_rate or beta, or train for longer; above it lower learning_rate.",
     "Azar et al. 2023 (arXiv:2310.12036), Eq. 17; thresholds measured here",
     lambda facts: facts.is_any("ipo"),
+    share=0.9,
+    under=0.15,
     over=1.5,
 )
 def ipo_target(history: History, facts: Facts, at: Thresholds) -> Seen | None:
     """The mean margin against its target, which is 1/2 in units of the reward."""
     margins = history["rewards/margins"]
-    if not is_settled(history, facts, 0.1, 10) or margins.mean(10) <= at["over"] * 0.5:
+    if not is_settled(history, facts, at["share"], 10):
         return None
     value = margins.mean(10) / 0.5
-    text = f"At step {history.step} the mean margin is {value:.1f} times the target of the loss"
-    return Seen("major" if value > 3 else "warn", text, {"times": value})
+    if at["under"] <= value <= at["over"]:
+        return None
+    text = f"At step {history.step} the mean margin is {value:.2g} times the target of the loss"
+    return Seen("warn", text, {"times": value})
 
 
 @detector(
