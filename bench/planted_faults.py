@@ -1,392 +1,92 @@
 """How often each detector of the watch fires on runs with the fault that it looks for, and on runs without it.
 
-Every run is a real one, trained by `penchant.train` in a second or two: a tiny model, preferences between its own
-completions by a known reward (each word has a value; the better completion is the one of the higher sum), or a rule that
-judges by the same values. A fault is a change of settings, of rows, of the rule or of the loss. Clean runs, of every
-method, are counted against every detector.
+The runs are those of `planted_runs.py`, real ones of a second or two each. Clean runs, of several methods, are counted
+against every detector. The logs are kept, so that a run that is there is not trained again; how the watch judges them is
+always reckoned anew, as `penchant doctor` does it, which is what the watch says beside training.
 
-    taskset -c 1 python bench/planted_faults.py --seeds 20        # goes on where it was stopped
+    TMPDIR=/dev/shm taskset -c 1 python bench/planted_faults.py --seeds 20        # goes on where it was stopped
 """
 
 from __future__ import annotations
 
 import argparse
-import contextlib
-import io
 import json
 import shutil
 import tempfile
 import time
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field, replace
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
-from torch import Tensor
+from planted_runs import CLEAN, FAULTS, Case, World, run
 
-from penchant import train
-from penchant.disk import append_json_line, read_json_lines
-from penchant.losses import DPOLoss, Loss
-from penchant.scoring.policy import Policy
-from penchant.types import PairLogps
+from penchant.disk import new_folder
+from penchant.doctor.diagnosis import diagnose
 from penchant.watch import DETECTORS
 
 ROOT = Path(__file__).parents[1]
+LOGS = ("metrics.jsonl", "events.jsonl", "run.yaml", "summary.json", "data.json")
+"""What is kept of a run."""
 
-Row = dict[str, Any]
-
-NUM_WORDS, WORDS_A_PROMPT, LONGEST = 60, 3, 12
-PAD, START, END = 0, 1, 2
-MOST_ROWS = 800
-BETA = 0.5
-"""Answers are short here: a nat counts for more than in a paragraph."""
-COMMON: dict[str, Any] = {
-    "batch_size": 16,
-    "max_steps": 40,
-    "learning_rate": 5e-4,
-    "num_samples": 0,
-    "eval_steps": 10,
-    "layout": "padded",
-    "device": "cpu",
-    "dtype": "float32",
-    "data_cache": "none",
-    "quiet": True,
-}
-ONLINE: dict[str, Any] = {
-    "max_steps": 30,
-    "batch_size": 16,
-    "learning_rate": 3e-4,
-    "sampling": {"max_new_tokens": LONGEST, "completions": 4},
-    "online": {"prompts_per_round": 16, "rounds": 30},
-}
+CASES: list[tuple[str, str, Case]] = [
+    *(("clean", name, case) for name, case in CLEAN.items()),
+    *(("fault", name, case) for name, (_, case) in FAULTS.items()),
+]
 
 
-class World:
-    """A seed's world: a tiny language model, what each word is worth, and answers that the model itself would give."""
-
-    def __init__(self, seed: int) -> None:
-        self.seed, self.rng = seed, np.random.default_rng(seed)
-        self.values = self.rng.normal(size=NUM_WORDS)
-        self.model = self.policy()
-        self.rows = self.pairs(self.model, MOST_ROWS)
-
-    def policy(self) -> Policy:
-        """A model with random weights, peaked enough to know its own words, that ends after some six of them."""
-        from tokenizers import Tokenizer, models, pre_tokenizers
-        from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
-
-        words = {"<pad>": PAD, "<s>": START, "</s>": END, **{f"w{i}": 3 + i for i in range(NUM_WORDS)}}
-        bare = Tokenizer(models.WordLevel(words, unk_token="<pad>"))
-        bare.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
-        tokenizer = PreTrainedTokenizerFast(
-            tokenizer_object=bare, pad_token="<pad>", bos_token="<s>", eos_token="</s>", unk_token="<pad>"
-        )
-        torch.manual_seed(self.seed)
-        model = LlamaForCausalLM(
-            LlamaConfig(
-                vocab_size=3 + NUM_WORDS,
-                hidden_size=32,
-                intermediate_size=64,
-                num_hidden_layers=1,
-                num_attention_heads=4,
-                num_key_value_heads=2,
-                initializer_range=0.2,
-                bos_token_id=START,
-                eos_token_id=END,
-                pad_token_id=PAD,
-                max_position_embeddings=64,
-            )
-        )
-        with torch.no_grad():
-            model.lm_head.weight *= 2.0  # peaked: a word costs some 2.5 nats
-            # One dimension says nothing but that an answer may end.
-            model.model.embed_tokens.weight[:, 0] = 1.0
-            for layer in model.model.layers:
-                for adds in (layer.self_attn.o_proj, layer.mlp.down_proj):
-                    adds.weight *= 0.3
-                    adds.weight[0] = 0.0
-            model.lm_head.weight[:, 0] = 0.0
-            model.lm_head.weight[:3] = 0.0
-            hidden = model.model(input_ids=torch.randint(3, 3 + NUM_WORDS, (64, 8))).last_hidden_state
-            words = (hidden @ model.lm_head.weight[3:].T).logsumexp(-1)
-            model.lm_head.weight[END, 0] = (words.mean() + np.log(1 / 5)) / hidden[..., 0].mean()
-            model.lm_head.weight[[PAD, START], 0] = -model.lm_head.weight[END, 0]
-        return Policy(model, tokenizer, "float32")
-
-    def score(self, text: str) -> float:
-        """What a text is worth: the mean value of its words."""
-        ids = [int(word[1:]) for word in text.split() if word[1:].isdigit()]
-        return float(self.values[ids].mean()) if ids else -3.0
-
-    def prompts(self, number: int) -> list[str]:
-        """Prompts, each another one."""
-        drawn = self.rng.integers(0, NUM_WORDS, size=(number, WORDS_A_PROMPT))
-        return [" ".join(f"w{i}" for i in row) for row in drawn]
-
-    @torch.no_grad()
-    def answers(self, policy: Policy, prompts: Sequence[str]) -> list[str]:
-        """An answer to each prompt, drawn from the model word by word; lengths are drawn apart, 4 to LONGEST - 2."""
-        ids = torch.tensor([[3 + int(word[1:]) for word in prompt.split()] for prompt in prompts])
-        lengths = self.rng.integers(4, LONGEST - 1, size=len(prompts))
-        generator = torch.Generator().manual_seed(int(self.rng.integers(2**31)))
-        start = ids.shape[1]
-        for _ in range(LONGEST - 2):
-            logits = policy.model(input_ids=ids).logits[:, -1]
-            logits[:, :3] = -torch.inf
-            ids = torch.cat([ids, torch.multinomial(logits.softmax(-1), 1, generator=generator)], dim=1)
-        return [
-            " ".join(f"w{i - 3}" for i in row[start : start + length].tolist())
-            for row, length in zip(ids, lengths, strict=True)
-        ]
-
-    def pairs(self, policy: Policy, number: int) -> list[Row]:
-        """Pairs of the model's own answers, the better one chosen."""
-        prompts = self.prompts(number)
-        first, second = (self.answers(policy, prompts) for _ in range(2))
-        rows = []
-        for prompt, one, other in zip(prompts, first, second, strict=True):
-            better, worse = (one, other) if self.score(one) > self.score(other) else (other, one)
-            if better != worse:
-                rows.append({"prompt": prompt, "chosen": better, "rejected": worse})
-        return rows
+def place_of(folder: Path, kind: str, name: str, seed: int) -> Path:
+    """Where the log of a run is kept."""
+    return folder / kind / name.replace(",", "").replace(" ", "-") / str(seed)
 
 
-@dataclass(frozen=True)
-class Case:
-    """A kind of run: its settings, what is done to rows, which rule judges, and which loss of its own it has."""
-
-    settings: dict[str, Any] = field(default_factory=dict)
-    change: Callable[[list[Row], World, Policy], list[Row]] = lambda rows, world, policy: rows
-    """What becomes of the training rows."""
-    change_heldout: Callable[[list[Row], World, Policy], list[Row]] = lambda rows, world, policy: rows
-    rule: Callable[[World], Callable[..., list[float]]] | None = None
-    """Of runs that sample: the rule that judges."""
-    loss: Callable[[], Loss] | None = None
-    num_rows: int = 640
-    num_heldout: int = 96
-
-
-def by_value(world: World) -> Callable[[str, list[str]], list[float]]:
-    """The sound rule: what an answer's different words are worth, and an end where there is one."""
-
-    def score(text: str) -> float:
-        words = text.split()
-        return world.score(" ".join(sorted(set(words)))) - 2.0 * (len(words) >= LONGEST)
-
-    return lambda prompt, completions: [score(text) for text in completions]
+def train_missing(folder: Path, cases: Sequence[tuple[str, str, Case]], seeds: Sequence[int], say: bool = True) -> None:
+    """Trains the runs whose logs are not in the folder yet."""
+    for seed in seeds:
+        missing = [one for one in cases if not place_of(folder, *one[:2], seed).exists()]
+        world = World(seed) if missing else None
+        for kind, name, case in missing:
+            assert world is not None
+            started = time.process_time()
+            with tempfile.TemporaryDirectory() as trained:
+                run(case, world, Path(trained) / "run")
+                place = place_of(folder, kind, name, seed)
+                place.parent.mkdir(parents=True, exist_ok=True)
+                with new_folder(place) as kept:
+                    for log in LOGS:
+                        shutil.copy(Path(trained) / "run" / log, kept)
+                    seconds = round(time.process_time() - started, 2)
+                    (kept / "seconds.json").write_text(json.dumps(seconds), encoding="utf-8")
+            if say:
+                print(f"{kind:<6}{name:<31}{seed:>3} {seconds:6.1f} s  {told(place)}", flush=True)
 
 
-def by_length(world: World) -> Callable[[str, list[str]], list[float]]:
-    return lambda prompt, completions: [float(len(text.split())) for text in completions]
+def told(run_dir: Path) -> dict[str, Any]:
+    """What the watch says of a run: the codes, with severity and first step."""
+    troubles = diagnose(run_dir).troubles
+    return {trouble.first.code: (trouble.worst.severity, trouble.first.step) for trouble in troubles}
 
 
-def by_one_word(world: World) -> Callable[[str, list[str]], list[float]]:
-    """A rule that pays for one word, as often as it stands there."""
-    return lambda prompt, completions: [float(text.split().count("w7")) for text in completions]
-
-
-def by_proxy(world: World) -> Callable[..., list[float]]:
-    """What is trained on is judged by one word, and what is held out by the sound rule: Goodhart's law."""
-    proxy, sound = by_one_word(world), by_value(world)
-    return lambda prompt, completions, row: (proxy if row["is_trained"] else sound)(prompt, completions)
-
-
-def by_nothing(world: World) -> Callable[[str, list[str]], list[float]]:
-    return lambda prompt, completions: [1.0] * len(completions)
-
-
-def swapped(rows: list[Row], world: World, policy: Policy) -> list[Row]:
-    return [{**row, "chosen": row["rejected"], "rejected": row["chosen"]} for row in rows]
-
-
-def random_labels(rows: list[Row], world: World, policy: Policy) -> list[Row]:
-    flips = world.rng.random(len(rows)) < 0.5
-    return [swapped([row], world, policy)[0] if flip else row for row, flip in zip(rows, flips, strict=True)]
-
-
-def longer_chosen(rows: list[Row], world: World, policy: Policy) -> list[Row]:
-    """The longer answer is always the chosen one."""
-    return [
-        row if len(row["chosen"].split()) >= len(row["rejected"].split()) else swapped([row], world, policy)[0]
-        for row in rows
-    ]
-
-
-def one_word_apart(rows: list[Row], world: World, policy: Policy) -> list[Row]:
-    """The rejected answer is the chosen one but for its last word, and all pairs come again and again."""
-    found = []
-    for row in rows:
-        words = row["chosen"].split()
-        other = f"w{int(world.rng.integers(NUM_WORDS))}"
-        if other != words[-1]:
-            found.append({**row, "rejected": " ".join([*words[:-1], other])})
-    return found
-
-
-def marked(rows: list[Row], world: World, policy: Policy) -> list[Row]:
-    """Chosen answers are full of one word, rejected ones of another: nothing is easier to tell apart."""
-    return [{**row, "chosen": row["chosen"] + " w1 w1 w1", "rejected": row["rejected"] + " w2 w2 w2"} for row in rows]
-
-
-def foreign(rows: list[Row], world: World, policy: Policy) -> list[Row]:
-    """Answers of words drawn at random, which the model would hardly ever say."""
-
-    def words(text: str) -> str:
-        return " ".join(f"w{i}" for i in world.rng.integers(0, NUM_WORDS, size=len(text.split())))
-
-    return [{**row, "chosen": words(row["chosen"]), "rejected": words(row["rejected"])} for row in rows]
-
-
-def singles(rows: list[Row], world: World, policy: Policy, desirable: float = 0.5) -> list[Row]:
-    """Each pair as one judged completion."""
-    return [
-        {"prompt": row["prompt"], "completion": row["chosen" if good else "rejected"], "label": bool(good)}
-        for row, good in zip(rows, world.rng.random(len(rows)) < desirable, strict=True)
-    ]
-
-
-def hardly_any_desirable(rows: list[Row], world: World, policy: Policy) -> list[Row]:
-    return singles(rows, world, policy, 0.06)
-
-
-@dataclass(frozen=True)
-class CutLoss(DPOLoss, name="planted-cut"):
-    """DPO whose author has cut the graph."""
-
-    def __call__(self, logps: PairLogps) -> Tensor:
-        return super().__call__(logps).detach() + 0.0 * logps.policy_chosen_logps
-
-
-def with_(case: Case, **settings: Any) -> Case:
-    return replace(case, settings={**case.settings, **settings})
-
-
-_DPO = Case({"method": "dpo", "loss": {"beta": BETA}})
-_ONLINE_DPO = Case({**ONLINE, "method": "online-dpo", "loss": {"beta": BETA}}, rule=by_value)
-_GRPO = Case({**ONLINE, "method": "grpo"}, rule=by_value)
-_PPO = Case(
-    {
-        **ONLINE,
-        "method": "ppo",
-        "max_steps": 40,
-        "sampling": {"max_new_tokens": LONGEST},
-        "online": {"prompts_per_round": 32, "rounds": 20},
-        "advantage": {"value_learning_rate": 3e-3},
-    },
-    rule=by_value,
-)
-
-CLEAN: dict[str, Case] = {
-    "dpo": _DPO,
-    "dpo, lora": with_(_DPO, lora={"rank": 4}, learning_rate=1e-3),
-    "ipo": Case({"method": "ipo", "loss": {"beta": 0.5}}),
-    "kto": Case({"method": "kto", "loss": {"beta": BETA}}, change=singles),
-    "simpo": Case({"method": "simpo"}),
-    "orpo": Case({"method": "orpo"}),
-    "online-dpo": _ONLINE_DPO,
-    "grpo": _GRPO,
-    "ppo": _PPO,
-}
-"""Runs with nothing wrong."""
-
-FAULTS: dict[str, Case] = {
-    "weak-reference": replace(_DPO, change=foreign, change_heldout=foreign),
-    "rate-too-low": with_(_DPO, learning_rate=1e-7),
-    "nothing-learned": replace(_DPO, change=random_labels, change_heldout=random_labels),
-    "reversed": replace(_DPO, change_heldout=swapped),
-    "overfit": replace(with_(_DPO, num_train_epochs=15, learning_rate=2e-3), change=random_labels, num_rows=64),
-    "saturated": replace(with_(_DPO, learning_rate=5e-3), change=marked, change_heldout=marked),
-    "length-exploitation": replace(
-        with_(_DPO, learning_rate=2e-3), change=longer_chosen, change_heldout=longer_chosen
-    ),
-    "displaced": replace(with_(_DPO, learning_rate=5e-3), change=one_word_apart, change_heldout=one_word_apart),
-    "far-from-reference": with_(_DPO, loss={"beta": 0.02}, learning_rate=5e-3),
-    "over-optimised": with_(replace(_GRPO, rule=by_proxy), learning_rate=3e-3),
-    "margin-explosion": replace(with_(_DPO, learning_rate=5e-3), change=marked, change_heldout=marked),
-    "beta-too-high": with_(_DPO, loss={"beta": 50.0}, learning_rate=2e-5),
-    "beta-too-low": with_(_DPO, loss={"beta": 0.005}, learning_rate=2e-3),
-    "no-gradient": Case({}, loss=CutLoss),
-    "rate-too-high": with_(_DPO, learning_rate=0.1),
-    "kto-anchor": Case({"method": "kto", "loss": {"beta": BETA}}, change=hardly_any_desirable),
-    "ipo-target": Case({"method": "ipo", "loss": {"beta": 0.02}}),
-    "orpo-balance": Case({"method": "orpo", "loss": {"odds_ratio_weight": 20.0}}),
-    "simpo-margin": Case({"method": "simpo", "loss": {"gamma_beta_ratio": 10.0}}),
-    "answers-grow": with_(replace(_ONLINE_DPO, rule=by_length), learning_rate=2e-3),
-    "unfinished": with_(_GRPO, sampling={"max_new_tokens": 3, "completions": 4}),
-    "repetition": with_(replace(_GRPO, rule=by_one_word), learning_rate=2e-3),
-    "mode-collapse": with_(replace(_GRPO, rule=by_one_word), learning_rate=2e-3),
-    "undecided": replace(_GRPO, rule=by_nothing),
-    "low-acceptance": Case(
-        {**ONLINE, "method": "rso", "sampling": {"max_new_tokens": LONGEST, "completions": 32},
-         "online": {"accept": 4, "accept_beta": 0.001, "rounds": 2, "prompts_per_round": 16}},
-        rule=by_value,
-    ),
-    "clipped-tokens": with_(_GRPO, learning_rate=3e-3, num_train_epochs=5, online={"prompts_per_round": 32}),
-    "blind-values": with_(_PPO, advantage={"value_learning_rate": 1e-9}),
-}  # fmt: skip
-"""By the code of a detector the run with its fault."""
-
-
-def findings_of(case: Case, world: World, folder: Path) -> list[dict[str, Any]]:
-    """Trains the case and gives back what the watch told: code, severity, step."""
-    world.rng, policy = np.random.default_rng([world.seed, 1]), world.policy()
-    online = case.rule is not None
-    if online:
-        prompts = world.prompts(288)
-        data = [{"prompt": text, "is_trained": True} for text in prompts[48:]]
-        heldout = [{"prompt": text, "is_trained": False} for text in prompts[:48]]
-    else:
-        rows = world.rows[: case.num_heldout + case.num_rows]
-        data = case.change(rows[case.num_heldout :], world, policy)
-        heldout = case.change_heldout(rows[: case.num_heldout], world, policy)
-    settings = {**COMMON, **case.settings, "seed": world.seed, "output_dir": str(folder)}
-    if "reference" not in settings and not online:
-        settings |= {"reference": {"cache": "none"}} if settings.get("method") not in ("simpo", "orpo") else {}
-    judge = case.rule(world) if case.rule else None
-    loss = case.loss() if case.loss else None
-    own_loss = settings.pop("loss", None)
-    with contextlib.redirect_stderr(io.StringIO()):
-        train(policy, data, heldout, loss=loss or own_loss, judge=judge, overwrite=True, **settings)
-    return [event for event in read_json_lines(folder / "events.jsonl") if event["code"] in DETECTORS]
-
-
-def measure(cases: Sequence[tuple[str, str, Case]], seeds: Sequence[int], results: Path, say: bool = True) -> None:
-    """Runs what `results` does not have yet: (kind, name, case) for each seed; a line of JSON for each run."""
-    done = {(row["kind"], row["name"], row["seed"]) for row in read_json_lines(results)}
-    with tempfile.TemporaryDirectory() as place:
+def table(folder: Path, seeds: Sequence[int]) -> tuple[str, bool]:
+    """The confusion table of the runs that are there, as Markdown, and whether all detectors keep to 95% and 5%."""
+    rows, seconds = [], 0.0
+    for kind, name, _ in CASES:
         for seed in seeds:
-            world = World(seed)
-            for kind, name, case in cases:
-                if (kind, name, seed) in done:
-                    continue
-                started = time.monotonic()
-                found = findings_of(case, world, Path(place) / "run")
-                shutil.rmtree(Path(place) / "run")
-                told = {one["code"]: [one["severity"], one["step"]] for one in found}
-                row = {"kind": kind, "name": name, "seed": seed, "told": told}
-                append_json_line(results, row | {"seconds": round(time.monotonic() - started, 2)})
-                if say:
-                    print(f"{kind:<6}{name:<22}{seed:>3} {time.monotonic() - started:6.1f} s  {told}", flush=True)
-
-
-def cases() -> list[tuple[str, str, Case]]:
-    """Every kind of run."""
-    return [("clean", name, case) for name, case in CLEAN.items()] + [("fault", n, case) for n, case in FAULTS.items()]
-
-
-def table(rows: Sequence[dict[str, Any]]) -> tuple[str, bool]:
-    """The confusion table as Markdown, and whether each detector keeps to 95% and 5%."""
-    lines, holds = ["| detector | fires on faulty runs | fires on clean runs |", "|---|---|---|"], True
-    clean = [row for row in rows if row["kind"] == "clean"]
+            place = place_of(folder, kind, name, seed)
+            if place.exists():
+                rows.append((kind, name, told(place)))
+                seconds += json.loads((place / "seconds.json").read_text(encoding="utf-8"))
+    lines, holds = ["| detector | planted | fires on faulty runs | fires on clean runs |", "|---|---|---|---|"], True
+    clean = [found for kind, _, found in rows if kind == "clean"]
     for code in DETECTORS:
-        faulty = [row for row in rows if row["kind"] == "fault" and row["name"] == code]
-        hits, alarms = sum(code in row["told"] for row in faulty), sum(code in row["told"] for row in clean)
-        lines.append(f"| {code} | {hits} of {len(faulty)} | {alarms} of {len(clean)} |")
-        holds &= hits >= 0.95 * len(faulty) and alarms <= 0.05 * len(clean) and bool(faulty)
-    quiet = sum(not row["told"] for row in clean)
-    lines.append(f"\nOf {len(clean)} clean runs {quiet} were told nothing at all; {sum(r['seconds'] for r in rows):.0f} s.")
+        names = [name for name, (codes, _) in FAULTS.items() if code in codes]
+        faulty = [found for kind, name, found in rows if kind == "fault" and name in names]
+        hits, alarms = sum(code in found for found in faulty), sum(code in found for found in clean)
+        lines.append(f"| {code} | {', '.join(names)} | {hits} of {len(faulty)} | {alarms} of {len(clean)} |")
+        holds &= bool(faulty) and hits >= 0.95 * len(faulty) and alarms <= 0.05 * len(clean)
+    quiet = sum(not found for found in clean)
+    lines += ["", f"Of {len(clean)} clean runs {quiet} were told nothing at all. {len(rows)} runs, ", ""]
+    lines[-2] += f"{seconds / 60:.0f} minutes of one core."
     return "\n".join(lines), holds
 
 
@@ -394,18 +94,17 @@ def main() -> None:
     """Runs, prints the table, and ends with exit code 1 where a detector misses its mark of 95% and 5%."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--seeds", type=int, default=20)
-    parser.add_argument("--only", nargs="*", default=[], metavar="NAME", help="these runs alone")
-    parser.add_argument("--results", type=Path, default=ROOT / "runs" / "planted_faults.jsonl", help="kept and gone on with")
+    parser.add_argument("--only", nargs="*", default=[], metavar="NAME", help="train these runs alone")
+    parser.add_argument("--folder", type=Path, default=ROOT / "runs" / "planted_faults", help="where logs are kept")
     parser.add_argument("--markdown", type=Path, metavar="FILE", help="write the table there as well")
     options = parser.parse_args()
     torch.set_num_threads(1)
-    options.results.parent.mkdir(parents=True, exist_ok=True)
-    wanted = [case for case in cases() if not options.only or case[1] in options.only]
-    measure(wanted, range(options.seeds), options.results)
-    text, holds = table([row for row in read_json_lines(options.results) if row["seed"] < options.seeds])
+    cases = [case for case in CASES if not options.only or case[1] in options.only]
+    train_missing(options.folder, cases, range(options.seeds))
+    text, holds = table(options.folder, range(options.seeds))
     print(text)
     if options.markdown:
-        options.markdown.write_text(text + "\n", encoding="utf-8")
+        options.markdown.write_text(text, encoding="utf-8")
     if not holds:
         raise SystemExit(1)
 

@@ -8,7 +8,7 @@ import sys
 from collections.abc import Callable, Sequence
 from typing import Any
 
-from penchant.cli import data, evaluating, online, showing, training
+from penchant.cli import data, doctor, evaluating, online, showing, training
 from penchant.config import option_names, parse_value
 from penchant.errors import UserError, nearest
 
@@ -63,7 +63,7 @@ def _parser() -> argparse.ArgumentParser:
         added.set_defaults(run=run)
         return added
 
-    for room in (training, data, online, evaluating, showing):
+    for room in (training, data, doctor, online, evaluating, showing):
         room.add_verbs(verb)
     return parser
 

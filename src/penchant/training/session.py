@@ -223,6 +223,8 @@ def first_summary(setup: Setup) -> dict[str, Any]:
         "num_trainable": num_parameters(policy.model)[0],
         "steps": 0,
         "total_steps": setup.steps,
+        "steps_per_epoch": setup.steps_per_epoch,
+        **({"rounds": setup.num_rounds} if isinstance(setup, OnlineSetup) else {}),
         "examples_seen": 0,
         "working_directory": str(Path.cwd()),
         "versions": {

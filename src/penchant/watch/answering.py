@@ -30,8 +30,9 @@ def _rose(track: Track) -> bool:
     "Take what length earns out of the judge, or compare at equal lengths (penchant eval does); raise beta.",
     "Singhal et al. 2023 (arXiv:2310.03716); Park et al. 2024 (arXiv:2403.19159); thresholds measured here",
     samples,
-    warn=1.3,
-    major=2.0,
+    warn=1.5,
+    major=2.5,
+    sigmas=3.0,
 )
 def answers_grow(history: History, facts: Facts, at: Thresholds) -> Seen | None:
     """Mean length against that at the start."""
@@ -39,7 +40,8 @@ def answers_grow(history: History, facts: Facts, at: Thresholds) -> Seen | None:
     if len(track) < 2 or track.start(lines) <= 0:
         return None
     ratio = track.mean(lines) / track.start(lines)
-    if ratio <= at["warn"]:
+    rise = track.mean(lines) - track.start(lines)
+    if ratio <= at["warn"] or (lines > 1 and rise <= at["sigmas"] * track.error(lines)):
         return None
     text = (
         f"At step {history.step} the {which} have {track.mean(lines):.0f} tokens, {ratio:.1f} times as many as at the"

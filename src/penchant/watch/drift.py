@@ -154,22 +154,22 @@ def margin_explosion(history: History, facts: Facts, at: Thresholds) -> Seen | N
     has_log_ratios,
     share=0.5,
     nats=0.3,
-    loss=0.7,
+    margin=0.5,
 )
 def beta_too_high(history: History, facts: Facts, at: Thresholds) -> Seen | None:
-    """The loss well below its start while the log-ratios of an answer hardly differ."""
-    beta, loss = facts.beta, history["loss"]
+    """A margin that fills the loss, made of next to nothing in nats."""
+    beta = facts.beta
     if beta is None or facts.is_online or not is_settled(history, facts, at["share"]):
         return None
     margin = history["rewards/margins"].mean(WINDOW)
     nats = margin / beta
-    if margin <= 0 or nats >= at["nats"] or loss.mean(WINDOW) > at["loss"] * loss.first:
+    if margin <= at["margin"] or nats >= at["nats"]:
         return None
     text = (
-        f"At step {history.step} the loss is {loss.mean(WINDOW):.3g} of {loss.first:.3g} at the start, and all that "
-        f"the policy did for it is to tell chosen from rejected by {nats:.2f} nats an answer (beta {beta:g})"
+        f"At step {history.step} the margin of the training pairs is {margin:.2g}, and all that the policy did for it is "
+        f"to tell chosen from rejected by {nats:.2f} nats an answer (beta {beta:g})"
     )
-    return Seen("warn", text, {"nats": nats, "beta": beta})
+    return Seen("warn", text, {"nats": nats, "margin": margin, "beta": beta})
 
 
 @detector(

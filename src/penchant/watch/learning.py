@@ -68,17 +68,16 @@ def _has_moved(history: History, at: Thresholds) -> bool:
     "Rafailov et al. 2023 (arXiv:2305.18290): the loss begins at ln 2; thresholds measured here",
     has_reference,
     share=0.3,
-    accuracy=0.08,
     loss=0.01,
     kl=1e-4,
     reward=0.01,
 )
 def rate_too_low(history: History, facts: Facts, at: Thresholds) -> Seen | None:
-    """At chance, with the loss where it was, and still at the reference."""
+    """The loss where it was, and the policy where its reference is; accuracy may be above chance all the same."""
     loss = history["loss"]
-    if not is_settled(history, facts, at["share"]) or _has_moved(history, at):
+    if not is_settled(history, facts, at["share"]) or _has_moved(history, at) or facts.is_online:
         return None
-    if not _is_at_chance(history, at, WINDOW) or abs(loss.mean(WINDOW) / loss.first - 1) > at["loss"]:
+    if abs(loss.mean(WINDOW) / loss.first - 1) > at["loss"] or not len(history["rewards/accuracies"]):
         return None
     ratio = history["update_ratio"]
     text = (
@@ -169,6 +168,7 @@ def reversed_pairs(history: History, facts: Facts, at: Thresholds) -> Seen | Non
     compares,
     accuracy=0.95,
     gap=0.15,
+    chance=0.35,
     rise=0.01,
     times=3,
 )
@@ -183,7 +183,8 @@ def overfit(history: History, facts: Facts, at: Thresholds) -> Seen | None:
     values = {"accuracy": trained, "heldout_accuracy": heldout.last, "heldout_loss": losses.last}
     severity: Severity = "major" if losses.last > losses.first else "warn"
     lead = f"At step {history.step} {percent(trained)} of the training pairs are right and "
-    if trained >= at["accuracy"] and trained - heldout.last > at["gap"]:
+    # Far below chance they are not unknown but the wrong way round.
+    if trained >= at["accuracy"] and trained - heldout.last > at["gap"] and heldout.last > at["chance"]:
         return Seen(severity, lead + f"{percent(heldout.last)} of the held-out ones", values)
     times = int(at["times"])
     tail = steps[-times - 1 :]

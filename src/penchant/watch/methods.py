@@ -17,14 +17,16 @@ from penchant.watch.kinds import WINDOW, heldout_or_training, is_settled, percen
     "Ethayarajh et al. 2024 (arXiv:2402.01306), section 4.1; thresholds measured here",
     lambda facts: facts.is_any("kto"),
     share=0.5,
-    reward=-0.05,
+    reward=-0.5,
+    margins=2.0,
 )
 def kto_anchor(history: History, facts: Facts, at: Thresholds) -> Seen | None:
-    """The estimate 0 on every line of a window while even desirable answers lose."""
+    """The estimate 0 on every line of a window while desirable answers lose a multiple of the margin."""
     kl, chosen = history["kl_mismatched"], history["rewards/chosen"]
     if not is_settled(history, facts, at["share"]) or len(kl) < WINDOW or max(kl.values(WINDOW)) > 0:
         return None
-    if chosen.mean(WINDOW) >= at["reward"]:
+    margin = max(history["rewards/margins"].mean(WINDOW), 0.0)
+    if chosen.mean(WINDOW) >= min(at["reward"], -at["margins"] * margin):
         return None
     text = f"The estimated KL divergence was 0 on the last {WINDOW} lines up to step {history.step}, and the reward of"
     return Seen(
