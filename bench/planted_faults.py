@@ -1,8 +1,8 @@
 """How often each detector of the watch fires on runs with the fault that it looks for, and on runs without it.
 
 The runs are those of `planted_runs.py`, real ones of a second or two each. Clean runs, of several methods, are counted
-against every detector. The logs are kept, so that a run that is there is not trained again; how the watch judges them is
-always reckoned anew, as `penchant doctor` does it, which is what the watch says beside training.
+against every detector. The logs are kept, so that a run that is there is not trained again; how the watch judges them
+is always reckoned anew, as `penchant doctor` does it, which is what the watch says beside training.
 
     TMPDIR=/dev/shm taskset -c 1 python bench/planted_faults.py --seeds 20        # goes on where it was stopped
 """
@@ -54,7 +54,8 @@ def train_missing(folder: Path, cases: Sequence[tuple[str, str, Case]], seeds: S
                 place.parent.mkdir(parents=True, exist_ok=True)
                 with new_folder(place) as kept:
                     for log in LOGS:
-                        shutil.copy(Path(trained) / "run" / log, kept)
+                        if (Path(trained) / "run" / log).exists():  # a run of which nothing was told has no events
+                            shutil.copy(Path(trained) / "run" / log, kept)
                     seconds = round(time.process_time() - started, 2)
                     (kept / "seconds.json").write_text(json.dumps(seconds), encoding="utf-8")
             if say:

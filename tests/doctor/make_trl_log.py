@@ -2,8 +2,8 @@
 
     python tests/doctor/make_trl_log.py          # needs trl 1.16.0, which Penchant itself does not
 
-`rate_too_low`: DPO at a learning rate of 1e-9. `swapped`: the held-out file has its columns chosen and rejected swapped.
-The pairs are of words with known values (the better completion has more of the good ones), the model is tiny.
+`rate_too_low`: DPO at a learning rate of 1e-9. `swapped`: the held-out rows have chosen and rejected swapped. The pairs
+are of words of two kinds (chosen has more of the first), the model is tiny.
 """
 
 from __future__ import annotations

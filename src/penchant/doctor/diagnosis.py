@@ -55,7 +55,7 @@ class Diagnosis:
     troubles: list[Trouble]
     """The worst first."""
     events: list[dict[str, Any]]
-    """What was told from `warn` on while it ran and is no finding of the watch: code, severity, times, steps, message."""
+    """What else was told from `warn` on while it ran: code, severity, times, steps, message."""
     figures: list[tuple[str, float, float]]
     """A name, the first value, and the last or the mean of the last lines."""
 

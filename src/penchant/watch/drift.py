@@ -166,8 +166,8 @@ def beta_too_high(history: History, facts: Facts, at: Thresholds) -> Seen | None
     if margin <= at["margin"] or nats >= at["nats"]:
         return None
     text = (
-        f"At step {history.step} the margin of the training pairs is {margin:.2g}, and all that the policy did for it is "
-        f"to tell chosen from rejected by {nats:.2f} nats an answer (beta {beta:g})"
+        f"At step {history.step} the margin of the training pairs is {margin:.2g}, and all that the policy did for it "
+        f"is to tell chosen from rejected by {nats:.2f} nats an answer (beta {beta:g})"
     )
     return Seen("warn", text, {"nats": nats, "margin": margin, "beta": beta})
 

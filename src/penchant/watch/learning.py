@@ -180,8 +180,8 @@ def overfit(history: History, facts: Facts, at: Thresholds) -> Seen | None:
     if facts.is_online or len(accuracy) < 10 or len(heldout) < 2:
         return None
     trained, steps = accuracy.mean(10), losses.values()
-    values = {"accuracy": trained, "heldout_accuracy": heldout.last, "heldout_loss": losses.last}
-    severity: Severity = "major" if losses.last > losses.first else "warn"
+    values = {"accuracy": trained, "heldout_accuracy": heldout.last}
+    severity: Severity = "major" if steps and losses.last > losses.first else "warn"
     lead = f"At step {history.step} {percent(trained)} of the training pairs are right and "
     # Far below chance they are not unknown but the wrong way round.
     if trained >= at["accuracy"] and trained - heldout.last > at["gap"] and heldout.last > at["chance"]:
