@@ -340,7 +340,7 @@ FAULTS: dict[str, tuple[tuple[str, ...], Case]] = {
             {
                 **ONLINE,
                 "method": "rso",
-                "sampling": {"max_new_tokens": ROOM, "completions": 64},
+                "sampling": {"max_new_tokens": ROOM, "completions": 64, "temperature": 2.0, "top_k": 0},
                 "online": {"accept": 4, "accept_beta": 0.001, "rounds": 2, "prompts_per_round": 16},
             },
             rule=by_value,

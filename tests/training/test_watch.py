@@ -24,6 +24,9 @@ ROWS = [
 ]
 """So easy that margins soon are large."""
 
+LOW = {"margin-explosion.warn": 0.5, "margin-explosion.major": 2.0}
+"""Thresholds that a run of a second passes."""
+
 
 @pytest.fixture
 def settings(model_folder: Path, tmp_path: Path) -> dict[str, Any]:
@@ -39,6 +42,7 @@ def settings(model_folder: Path, tmp_path: Path) -> dict[str, Any]:
         "save_steps": 5,
         "num_samples": 0,
         "quiet": True,
+        "watch": {"thresholds": LOW},
     }
 
 
@@ -80,7 +84,7 @@ def test_the_doctor_finds_in_the_log_what_was_told_beside_training(settings: dic
 def test_a_run_that_was_killed_tells_the_same_as_one_that_was_not(
     settings: dict[str, Any], tmp_path: Path, stop_at: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    settings["watch"] = {"lower_learning_rate_on": ["margin-explosion"]}
+    settings["watch"]["lower_learning_rate_on"] = ["margin-explosion"]
     train(**settings)
     whole = settings["output_dir"]
     settings["output_dir"] = str(tmp_path / "killed")
@@ -106,7 +110,10 @@ def test_the_learning_rate_is_halved_where_it_is_asked_for_and_only_there(
     train(**settings)
     plain = {line["step"]: line["learning_rate"] for line in metrics(settings["output_dir"]) if "loss" in line}
     assert not [event for event in told(settings["output_dir"]) if event["code"] == "rate-lowered"]
-    settings |= {"output_dir": str(tmp_path / "slower"), "watch": {"lower_learning_rate_on": ["margin-explosion"]}}
+    settings |= {
+        "output_dir": str(tmp_path / "slower"),
+        "watch": {"thresholds": LOW, "lower_learning_rate_on": ["margin-explosion"]},
+    }
     train(**settings)
     (event, *more) = [event for event in told(settings["output_dir"]) if event["code"] == "rate-lowered"]
     for line in metrics(settings["output_dir"]):
@@ -116,7 +123,7 @@ def test_the_learning_rate_is_halved_where_it_is_asked_for_and_only_there(
 
 
 def test_a_run_can_be_ended_at_a_finding_and_gone_on_with(settings: dict[str, Any]) -> None:
-    settings["watch"] = {"stop_on": ["margin-explosion"]}
+    settings["watch"]["stop_on"] = ["margin-explosion"]
     summary = train(**settings).summary
     run_dir = Path(settings["output_dir"])
     stop = summary["stopped_by"]
@@ -135,7 +142,7 @@ def test_a_run_can_be_ended_at_a_finding_and_gone_on_with(settings: dict[str, An
 def test_a_kill_while_a_stopped_run_ends_does_not_make_it_go_on(
     settings: dict[str, Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    settings["watch"] = {"stop_on": ["margin-explosion"]}
+    settings["watch"]["stop_on"] = ["margin-explosion"]
     from penchant.training.session import Session
 
     def fails(self: Session) -> None:
@@ -153,13 +160,15 @@ def test_a_kill_while_a_stopped_run_ends_does_not_make_it_go_on(
 
 
 def test_without_the_watch_nothing_is_told(settings: dict[str, Any]) -> None:
-    train(**settings, watch={"enabled": False})
+    train(**{**settings, "watch": {"enabled": False}})
     assert told(settings["output_dir"]) == []
 
 
 def test_thresholds_of_the_run_file_hold_in_the_run_and_for_the_doctor(settings: dict[str, Any]) -> None:
-    settings["watch"] = {"thresholds": {"margin-explosion.warn": 1e6}}
     train(**settings)
+    assert "margin-explosion" in {trouble.first.code for trouble in diagnose(Path(settings["output_dir"])).troubles}
+    settings["watch"] = {"thresholds": {"margin-explosion.warn": 1e6}}
+    train(**settings, overwrite=True)
     assert "margin-explosion" not in {event["code"] for event in told(settings["output_dir"])}
     codes = {trouble.first.code for trouble in diagnose(Path(settings["output_dir"])).troubles}
     assert "margin-explosion" not in codes
@@ -191,5 +200,6 @@ def test_the_command_ends_with_an_exit_code_of_its_own(settings: dict[str, Any],
         "--num_samples",
         "0",
     ]
-    assert main([*words, "--learning_rate", "1e-2", "--watch.stop_on", "margin-explosion,stop"]) == 4
+    low = ["--watch.thresholds", "{margin-explosion.warn: 0.5}"]
+    assert main([*words, "--learning_rate", "1e-2", "--watch.stop_on", "margin-explosion,stop", *low]) == 4
     assert main(["doctor", str(tmp_path / "cli")]) in (0, 2)

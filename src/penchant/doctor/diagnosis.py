@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -10,7 +11,7 @@ from typing import Any
 from penchant.doctor.run_logs import RunLog, read_log
 from penchant.watch import DETECTORS, SEVERITIES, Finding, Watch, worst_first
 
-_FEW_LINES = 20
+_FEW_LINES, _PAIRS_SHOWN, _TEXT_SHOWN = 20, 3, 60
 _FIGURES = (
     ("eval_rewards/accuracies", "held-out accuracy"),
     ("rewards/accuracies", "accuracy of the training pairs"),
@@ -78,6 +79,7 @@ class Diagnosis:
             "serious": self.is_serious,
             "findings": [trouble.as_dict() for trouble in self.troubles],
             "events": self.events,
+            "suspicious": log.suspicious,
             "figures": {name: {"first": first, "last": last} for name, first, last in self.figures},
             "notes": list(self._notes()),
         }
@@ -101,6 +103,9 @@ class Diagnosis:
                 times = "" if event["times"] == 1 else f"{event['times']} times, "
                 lines += [f"  {event['severity']:<6}{event['code']} ({times}step {steps}): {event['message']}"]
             lines += [""]
+        if log.suspicious:
+            lines += ["Training pairs that contradict the others (suspicious.jsonl), the worst first:"]
+            lines += [f"  {_told_of(row)}" for row in log.suspicious[:_PAIRS_SHOWN]] + [""]
         if self.figures:
             lines += ["From the start to the end of the log:"]
             lines += [f"  {name}: {first:.4g} to {last:.4g}" for name, first, last in self.figures]
@@ -143,6 +148,18 @@ def diagnose(folder: Path, method: str | None = None, beta: float | None = None)
         now = DETECTORS[worst.code].find(watch.history, log.facts, log.thresholds.get(worst.code))
         troubles.append(Trouble(first[worst.code], worst, now))
     return Diagnosis(log, troubles, _other_events(log), _figures(log))
+
+
+def _told_of(row: Mapping[str, Any]) -> str:
+    """A suspicious pair in a line."""
+
+    def short(text: Any) -> str:
+        plain = " ".join(str(text).split())
+        return plain if len(plain) <= _TEXT_SHOWN else plain[: _TEXT_SHOWN - 3] + "..."
+
+    margin = row.get("margin")
+    told = f"margin {margin:.2f}" if isinstance(margin, int | float) else "margin unknown"
+    return f"{told}, {row.get('source')}: chosen '{short(row.get('chosen'))}', not '{short(row.get('rejected'))}'"
 
 
 def _other_events(log: RunLog) -> list[dict[str, Any]]:

@@ -48,6 +48,8 @@ class RunLog:
     status: str | None = None
     thresholds: Mapping[str, Mapping[str, float | int]] = field(default_factory=dict)
     """Those that the run file sets in the place of the detectors' own."""
+    suspicious: list[dict[str, Any]] = field(default_factory=list)
+    """The training pairs with the lowest margins when they came, as a run keeps them."""
     notes: tuple[str, ...] = ()
     """What a reader has to know of how the log was read."""
 
@@ -106,7 +108,9 @@ def _read_penchant(folder: Path) -> RunLog:
         code, _, key = str(name).partition(".")
         thresholds.setdefault(code, {})[key] = value
     events = [event for event in read_json_lines(folder / "events.jsonl") if isinstance(event, dict)]
-    return RunLog(folder, "penchant", method, facts, lines, events, summary.get("status"), thresholds)
+    suspicious = [row for row in read_json_lines(folder / "suspicious.jsonl") if isinstance(row, dict)]
+    status = summary.get("status")
+    return RunLog(folder, "penchant", method, facts, lines, events, status, thresholds, suspicious)
 
 
 def _newest_state(folder: Path) -> Path | None:

@@ -28,6 +28,7 @@ from penchant.training.schedule import eval_interval, learning_rate_at
 from penchant.training.setup import Setup
 from penchant.training.state import expected_checkpoint_bytes, load_state, take_snapshot
 from penchant.training.step import StepOutcome, train_step
+from penchant.training.suspects import Suspects
 from penchant.training.trouble import Spikes, in_smaller_pieces, report_bad_step
 from penchant.training.watchman import Watchman
 
@@ -92,7 +93,7 @@ class Training:
         self.keep, self.extras = keep, extras
         self.optimizer = make_optimizer(setup.policy.model, setup.config, setup.policy.value_head)
         self.progress, self.window, self.spikes = Progress(), Window(), Spikes()
-        self.watchman = Watchman(setup, log)
+        self.watchman, self.suspects = Watchman(setup, log), Suspects()
         self.last_evaluation: Evaluation | None = None
         self.total = setup.steps
         self._source: Setup | Rounds = setup
@@ -113,6 +114,7 @@ class Training:
         self.window = Window(Means.from_json(window["means"]), window["tokens"], window["seconds"])
         self.spikes = Spikes.from_json(facts["spikes"])
         self.watchman.load(facts.get("watch"), goes_past_stop)
+        self.suspects = Suspects.from_json(facts.get("suspects", ()))
         if self.setup.config.microbatch_tokens == facts["microbatch_tokens"]:  # else the user knows better by now
             self.setup.max_tokens = min(self.setup.max_tokens, facts["max_tokens"])
         if self.progress.step >= self.total:
@@ -164,6 +166,7 @@ class Training:
             "window": window,
             "spikes": self.spikes.to_json(),
             "watch": self.watchman.to_json(),
+            "suspects": self.suspects.to_json(),
             "microbatch_tokens": config.microbatch_tokens,
             "max_tokens": self.setup.max_tokens,
             **self.extras,
@@ -202,8 +205,9 @@ class Training:
             spike = self.spikes.look(loss, grad_norm)
             return spike is None or not config.skip_spikes
 
-        def attempt() -> tuple[StepOutcome, Means]:
+        def attempt() -> tuple[StepOutcome, Means, dict[int, tuple[float, ...]]]:
             means = Means()
+            rewards: dict[int, tuple[float, ...]] = {}
             parts, kl_parts = setup.batches(draw.examples), setup.batches_to_score(draw.mismatched)
             outcome = train_step(
                 setup.policy,
@@ -215,10 +219,11 @@ class Training:
                 means,
                 kl_parts,
                 accepts,
+                rewards,
             )
-            return outcome, means
+            return outcome, means, rewards
 
-        outcome, means = in_smaller_pieces(setup, self.log, step, attempt)
+        outcome, means, rewards = in_smaller_pieces(setup, self.log, step, attempt)
         progress.step = step
         progress.examples_seen += len(draw.examples)
         self.window.tokens += sum(example.num_scored_tokens for example in draw.examples)
@@ -226,6 +231,8 @@ class Training:
         progress.bad_steps = 0 if outcome.is_finite else progress.bad_steps + 1
         if outcome.is_finite:
             self.window.means.include(means)
+            if step <= setup.steps_per_epoch and not isinstance(setup, OnlineSetup):
+                self.suspects.look(rewards, step)
         else:
             report_bad_step(self.log, self.run_dir, setup, draw, step, outcome, progress.bad_steps)
         if spike:

@@ -110,6 +110,7 @@ class Session:
             for doubt in setup.judge.report().get("warnings", ()):
                 log.event("warn", "judge", doubt, setup.steps)
         else:
+            training.suspects.write(setup, run_dir)
             in_smaller_pieces(
                 setup, log, setup.steps, lambda: write_judgements(setup, reference, training.last_evaluation, run_dir)
             )

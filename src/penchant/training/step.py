@@ -49,13 +49,15 @@ def train_step(
     means: Means,
     kl_batches: Sequence[Batch] = (),
     accepts: Callable[[float, float], bool] = lambda loss, grad_norm: True,
+    rewards: dict[int, tuple[float, ...]] | None = None,
 ) -> StepOutcome:
     """Accumulates the gradient over the microbatches of one optimizer batch and takes the step.
 
     The loss is the weighted sum over examples divided by the weights of the whole batch, so the gradient does not
     depend on how the batch was cut. Takes what was seen into `means`. `kl_batches` are the mismatched completions of a
     loss that needs the KL divergence. The weights stay as they were where loss or gradient is not finite, and where
-    `accepts(loss, grad_norm)` says no.
+    `accepts(loss, grad_norm)` says no. Into `rewards` go those of each example's completions before the step, by its
+    index.
 
     Beside what `observe` sees: `grad_norm` before it is clipped, `grad_clipped` (the share of steps where it was), and
     `update_ratio`, the norm of the step over the norm of the weights, measured on about a million trained weights.
@@ -65,7 +67,7 @@ def train_step(
         UserError: memory ran out in the optimizer; the weights are of no use any more.
     """
     try:
-        mean_loss = accumulate_gradient(policy, reference, loss, batches, means, kl_batches)
+        mean_loss = accumulate_gradient(policy, reference, loss, batches, means, kl_batches, rewards)
         grad_norm = nn.utils.clip_grad_norm_(trainable_parameters(policy), max_grad_norm)
         means.add("grad_norm", grad_norm.reshape(1))
         means.add("grad_clipped", (grad_norm > max_grad_norm).double().reshape(1))
@@ -115,6 +117,7 @@ def accumulate_gradient(
     batches: Sequence[Batch],
     means: Means,
     kl_batches: Sequence[Batch] = (),
+    rewards: dict[int, tuple[float, ...]] | None = None,
 ) -> float:
     """Adds the gradient of the mean loss over all examples of the microbatches to the policy's parameters.
 
@@ -156,5 +159,7 @@ def accumulate_gradient(
     with torch.no_grad():
         logps = logps_for(loss, whole, TokenLogps.join(seen), whole_ref, kl)
         losses = loss(logps)
-        observe(means, loss, whole, logps, losses, TokenLogps.join(seen), whole_ref)
+        found = iter(observe(means, loss, whole, logps, losses, TokenLogps.join(seen), whole_ref).tolist())
+        if rewards is not None:
+            rewards |= {example.index: tuple(next(found) for _ in example.completion_ids) for example in whole.examples}
         return ((losses * weights_of(loss, whole)).sum() / total_weight).item()

@@ -142,7 +142,7 @@ def mode_collapse(history: History, facts: Facts, at: Thresholds) -> Seen | None
     "These prompts are lost to training: their answers are too alike, the prompts too easy or too hard, or the judge "
     "is too coarse.",
     "Raise sampling.temperature or sampling.completions, choose other prompts, or take a finer judge.",
-    "Yu et al. 2025 (DAPO, arXiv:2503.14476), section 3.2; threshold chosen here",
+    "Yu et al. 2025 (DAPO, arXiv:2503.14476), dynamic sampling; threshold chosen here",
     samples,
     share=0.5,
     rounds=3,
@@ -166,7 +166,7 @@ def undecided(history: History, facts: Facts, at: Thresholds) -> Seen | None:
     "rso",
     "What it keeps is hardly more than the best few answers, not what the optimal policy would say.",
     "Raise online.accept_beta or sampling.completions.",
-    "Liu et al. 2023 (RSO, arXiv:2309.06657), section 3.2; threshold chosen here",
+    "Liu et al. 2023 (RSO, arXiv:2309.06657); threshold chosen here",
     samples,
     share=0.05,
 )
@@ -206,7 +206,7 @@ def clipped_tokens(history: History, facts: Facts, at: Thresholds) -> Seen | Non
     "ppo",
     "Advantages are then as noisy as the rewards themselves, and training is slow and unsteady.",
     "Raise advantage.value_learning_rate, or use rloo or grpo, which need no value head.",
-    "Schulman et al. 2016 (GAE, arXiv:1506.02438); explained variance as in common PPO codes; thresholds measured here",
+    "Schulman et al. 2016 (GAE, arXiv:1506.02438); thresholds measured here",
     lambda facts: facts.is_any("ppo"),
     explained=0.02,
     rounds=8,

@@ -36,7 +36,7 @@ def no_gradient(history: History, facts: Facts, at: Thresholds) -> Seen | None:
     "all",
     "The steps overshoot: what one batch teaches the next one has to undo.",
     "Lower learning_rate three to ten times, or give it a longer warm-up (warmup_ratio).",
-    "Meng et al. 2024 (SimPO, arXiv:2405.14734), appendix: the rate matters most; thresholds measured here",
+    "thresholds measured here",
     loss=0.1,
     sigmas=3.0,
     ratio=0.02,
