@@ -160,11 +160,12 @@ class Case:
 
 
 def by_value(world: World) -> Callable[[str, list[str]], list[float]]:
-    """The sound rule: what an answer's different words are worth, and an end where there is one."""
+    """The sound rule: what an answer's different words are worth, less a little for words beyond the sixth, and an end."""
 
     def score(text: str) -> float:
         words = text.split()
-        return world.score(" ".join(sorted(set(words)))) - 2.0 * (len(words) >= ROOM)
+        length = len(words)
+        return world.score(" ".join(sorted(set(words)))) - 0.2 * max(0, length - 6) - 2.0 * (length >= ROOM)
 
     return lambda prompt, completions: [score(text) for text in completions]
 
@@ -322,13 +323,15 @@ FAULTS: dict[str, tuple[tuple[str, ...], Case]] = {
         Case({"method": "kto", "loss": {"beta": BETA}}, change=hardly_any_desirable),
     ),
     "ipo, target out of reach": (("ipo-target",), Case({"method": "ipo", "loss": {"beta": 0.02}})),
-    "orpo, lambda 20": (("orpo-balance",), Case({"method": "orpo", "loss": {"odds_ratio_weight": 20.0}})),
+    "orpo, lambda 20": (
+        ("orpo-balance",),
+        Case({"method": "orpo", "loss": {"odds_ratio_weight": 20.0}, "learning_rate": 1e-3}),
+    ),
     "simpo, gamma 20": (("simpo-margin",), Case({"method": "simpo", "loss": {"gamma_beta_ratio": 10.0}})),
     "a rule that pays for length": (
-        ("answers-grow",),
+        ("answers-grow", "unfinished"),
         with_(replace(_ONLINE_DPO, rule=by_length), learning_rate=2e-3),
     ),
-    "no room to end": (("unfinished",), with_(_GRPO, sampling={"max_new_tokens": 3, "completions": 4})),
     "a rule that pays for one word": (
         ("over-optimised", "repetition", "mode-collapse"),
         with_(replace(_GRPO, rule=by_proxy), learning_rate=3e-3),
@@ -373,4 +376,6 @@ def run(case: Case, world: World, folder: Path) -> None:
     loss, own_loss = settings.pop("loss", None), case.loss and case.loss()
     judge = case.rule and case.rule(world)
     with contextlib.redirect_stderr(io.StringIO()):
-        train(policy, data, heldout, loss=own_loss or loss, judge=judge, **settings)
+        done = train(policy, data, heldout, loss=own_loss or loss, judge=judge, **settings)
+    if done.summary["status"] == "interrupted":
+        raise SystemExit("stopped; the same command goes on")

@@ -145,7 +145,8 @@ def reversed_pairs(history: History, facts: Facts, at: Thresholds) -> Seen | Non
             f"the held-out pairs only {percent(heldout.last)}"
         )
         return Seen("major", text, {"accuracy": trained, "heldout_accuracy": heldout.last})
-    if not is_settled(history, facts, 0.1 if has_reference(facts) else 0.5):
+    # Without a reference the model begins with an order of its own, which may be the wrong one.
+    if not has_reference(facts) or not is_settled(history, facts, 0.1):
         return None
     limit = min(at["below"], 0.5 - at["sigmas"] * accuracy.error(WINDOW))
     if trained < limit and history["rewards/margins"].mean(WINDOW) < 0:
@@ -232,7 +233,9 @@ def saturated(history: History, facts: Facts, at: Thresholds) -> Seen | None:
 def length_exploitation(history: History, facts: Facts, at: Thresholds) -> Seen | None:
     """The correlation of margin and difference in length, on held-out pairs or over a window of training."""
     track, which = heldout_or_training(history, "length/correlation")
-    if not is_settled(history, facts, 0.0) or history["rewards/accuracies"].mean(WINDOW) < at["accuracy"]:
+    if facts.is_online or not is_settled(history, facts, 0.0):
+        return None  # of fresh pairs the lengths are those of the policy's own answers: `answers-grow` looks at these
+    if history["rewards/accuracies"].mean(WINDOW) < at["accuracy"]:
         return None
     if not len(track) or (which == "training" and len(track) < WINDOW):
         return None

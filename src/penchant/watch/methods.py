@@ -43,7 +43,7 @@ def kto_anchor(history: History, facts: Facts, at: Thresholds) -> Seen | None:
     "Azar et al. 2023 (arXiv:2310.12036), Eq. 17; thresholds measured here",
     lambda facts: facts.is_any("ipo"),
     share=0.9,
-    under=0.15,
+    under=0.1,
     over=1.5,
 )
 def ipo_target(history: History, facts: Facts, at: Thresholds) -> Seen | None:
