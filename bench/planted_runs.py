@@ -160,7 +160,7 @@ class Case:
 
 
 def by_value(world: World) -> Callable[[str, list[str]], list[float]]:
-    """The sound rule: what an answer's different words are worth, less a little for words beyond the sixth, and an end."""
+    """The sound rule: what the different words are worth; words beyond the sixth cost a little, and so does no end."""
 
     def score(text: str) -> float:
         words = text.split()

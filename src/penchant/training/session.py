@@ -35,6 +35,7 @@ from penchant.training.rundir import locked, read_summary
 from penchant.training.setup import Setup, make_reference
 from penchant.training.state import read_facts
 from penchant.training.trouble import in_smaller_pieces
+from penchant.training.watchman import rounds_of
 from penchant.types import Text
 
 
@@ -225,7 +226,7 @@ def first_summary(setup: Setup) -> dict[str, Any]:
         "steps": 0,
         "total_steps": setup.steps,
         "steps_per_epoch": setup.steps_per_epoch,
-        **({"rounds": setup.num_rounds} if isinstance(setup, OnlineSetup) else {}),
+        "rounds": rounds_of(setup),
         "examples_seen": 0,
         "working_directory": str(Path.cwd()),
         "versions": {

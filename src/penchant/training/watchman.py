@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -57,9 +58,14 @@ def facts_about(setup: Setup) -> Facts:
         setup.steps,
         setup.config.model_dump(),
         setup.steps_per_epoch,
-        setup.num_rounds if isinstance(setup, OnlineSetup) else None,
+        rounds_of(setup),
         len(setup.datasets.heldout.examples) or None,
     )
+
+
+def rounds_of(setup: Setup) -> int | None:
+    """How often the run will sample completions of its own; None where it does not."""
+    return math.ceil(setup.steps / setup.steps_per_round) if isinstance(setup, OnlineSetup) else None
 
 
 def _is_named(found: Finding, names: Sequence[str]) -> bool:
