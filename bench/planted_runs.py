@@ -288,7 +288,7 @@ CLEAN: dict[str, Case] = {
     "simpo": Case({"method": "simpo"}),
     "orpo": Case({"method": "orpo"}),
     "online-dpo": _ONLINE_DPO,
-    "grpo": _GRPO,
+    "grpo": with_(_GRPO, learning_rate=1e-4),
     "ppo": _PPO,
 }
 """Runs with nothing wrong."""
@@ -325,7 +325,7 @@ FAULTS: dict[str, tuple[tuple[str, ...], Case]] = {
     "ipo, target out of reach": (("ipo-target",), Case({"method": "ipo", "loss": {"beta": 0.02}})),
     "orpo, lambda 20": (
         ("orpo-balance",),
-        Case({"method": "orpo", "loss": {"odds_ratio_weight": 20.0}, "learning_rate": 1e-3}),
+        Case({"method": "orpo", "loss": {"odds_ratio_weight": 20.0}, "learning_rate": 2e-3}),
     ),
     "simpo, gamma 20": (("simpo-margin",), Case({"method": "simpo", "loss": {"gamma_beta_ratio": 10.0}})),
     "a rule that pays for length": (

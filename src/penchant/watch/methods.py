@@ -102,7 +102,7 @@ def orpo_balance(history: History, facts: Facts, at: Thresholds) -> Seen | None:
     "Meng et al. 2024 (arXiv:2405.14734), Eq. 6; thresholds measured here",
     lambda facts: facts.is_any("simpo"),
     share=0.7,
-    reached=0.3,
+    reached=0.2,
     likelihood=2.0,
 )
 def simpo_margin(history: History, facts: Facts, at: Thresholds) -> Seen | None:
