@@ -43,10 +43,16 @@ def test_the_exponential_mean_has_no_bias_towards_its_beginning() -> None:
 
 
 def test_what_is_no_number_is_passed_over() -> None:
-    seen = history([{"step": 1, "loss": value} for value in (1.0, None, math.nan, math.inf, True, "2", 3)])
+    values = (1.0, None, math.nan, math.inf, True, "2", 3)
+    seen = history([{"step": step, "loss": value} for step, value in enumerate(values)])
     assert seen["loss"].values() == [1.0, 3.0]
     assert len(history([{"step": None, "loss": 1.0}, {"loss": 1.0}])["loss"]) == 0
     assert "tokens_per_s" not in history([{"step": 1, "tokens_per_s": 3.0}])
+
+
+def test_a_step_that_is_measured_again_counts_once() -> None:
+    seen = history([{"step": 1, "loss": 1.0}, {"step": 2, "loss": 2.0}, {"step": 2, "loss": 2.0}])
+    assert seen["loss"].values() == [1.0, 2.0]
 
 
 def test_a_state_is_bounded_and_comes_back_to_the_bit() -> None:

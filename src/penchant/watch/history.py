@@ -114,7 +114,9 @@ class Track:
         self.lowest: tuple[int, float] | None = None
 
     def add(self, step: int, value: float) -> None:
-        """Takes in the value at a step."""
+        """Takes in the value at a step; a run that was gone on with at its end measures its last step once more."""
+        if self.recent and step <= self.recent[-1][0]:
+            return
         self.count += 1
         if len(self.early) < EARLY:
             self.early.append((step, value))
