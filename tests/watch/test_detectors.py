@@ -166,7 +166,7 @@ FIRES: dict[str, list[tuple[Facts, list[dict[str, Any]], str | None]]] = {
          None),
     ],
     "simpo-margin": [
-        (of("simpo", beta=2.0, gamma_beta_ratio=5.0), training(80, **{"rewards/margins": 2.0, "rewards/chosen": -2.0}),
+        (of("simpo", beta=2.0, gamma_beta_ratio=8.0), training(80, **{"rewards/margins": 2.0, "rewards/chosen": -2.0}),
          "warn"),
         (of("simpo", beta=2.0, gamma_beta_ratio=0.5), training(80, **{"rewards/margins": 2.0, "rewards/chosen": -2.0}),
          None),
