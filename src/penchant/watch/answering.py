@@ -208,7 +208,7 @@ def clipped_tokens(history: History, facts: Facts, at: Thresholds) -> Seen | Non
     "Raise advantage.value_learning_rate, or use rloo or grpo, which need no value head.",
     "Schulman et al. 2016 (GAE, arXiv:1506.02438); thresholds measured here",
     lambda facts: facts.is_any("ppo"),
-    explained=0.02,
+    explained=0.01,
     rounds=8,
     share=0.5,
 )
