@@ -160,7 +160,7 @@ def test_a_sweep_trains_each_combination_compares_them_and_keeps_what_is_finishe
     before = (folder / "kto,beta=0.1" / "metrics.jsonl").stat().st_mtime_ns
     again = penchant(*words, cwd=tmp_path)
     assert again.returncode == 0, again.stderr
-    assert again.stderr.count("finished with these settings; kept") == 3
+    assert again.stderr.count("there already with these settings; kept") == 3
     assert (folder / "kto,beta=0.1" / "metrics.jsonl").stat().st_mtime_ns == before
     assert json.loads((folder / "dpo,beta=0.5" / "summary.json").read_text())["status"] == "finished"
 

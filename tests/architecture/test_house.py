@@ -18,7 +18,7 @@ PACKAGE = ROOT / "src" / "penchant"
 
 FLOORS = [
     {"errors", "disk", "stopping"},
-    {"examples", "locking"},
+    {"examples", "locking", "watch"},
     {"types"},
     {"losses"},
     {"config"},

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import torch
 
-from penchant.evaluate.answers import answer, answer_to, describe, distance, read_answers
+from penchant.evaluate.answers import answer, answer_to, describe, distance, read_answers, same_opening
 from penchant.examples import Answer
 from penchant.models.generation import Sampling
 from penchant.online.growing import growing_file
@@ -128,3 +128,9 @@ def test_scores_without_a_verdict_are_left_out_and_intervals_hold_the_mean() -> 
     assert told["kl"]["value"] == 1.0
     halves = list(itertools.islice(itertools.cycle((-0.5, 0.5)), 40))
     assert told["kl"]["high"] - told["kl"]["low"] == pytest.approx(2 * 1.96 * np.std(halves) / np.sqrt(40), rel=0.1)
+
+
+def test_the_share_of_answers_with_the_same_opening() -> None:
+    texts = ["a b c d e f", "a b c d e g", "a b c d x", "a b", "a  b"]
+    assert same_opening([Answer(text) for text in texts]) == 2 / 5
+    assert same_opening([Answer("a b c d e f")]) == 1.0

@@ -10,7 +10,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from penchant.disk import sha256_of
+from penchant.disk import read_json_lines, sha256_of
+from penchant.watch import DETECTORS
 
 from ..training.test_run import rows, single_rows, write_rows
 from .nursery import Command, Fault
@@ -135,6 +136,7 @@ def _outcome(run_dir: Path) -> dict[str, Any]:
         "weights": _weights(run_dir / "model"),
         "texts": {name: (run_dir / name).read_text() for name in _TEXTS if (run_dir / name).exists()},
         "rounds": {path.name: sha256_of(path) for path in (run_dir / "rounds").glob("*")},
+        "findings": [event for event in read_json_lines(run_dir / "events.jsonl") if event["code"] in DETECTORS],
         "files": sorted(path.name for path in run_dir.iterdir()),
         "checkpoints": len(list((run_dir / "checkpoints").iterdir())),
     }

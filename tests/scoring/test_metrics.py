@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from itertools import combinations
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 
@@ -194,6 +195,51 @@ def test_entropy_and_kl_are_means_over_the_tokens_of_completions_alone(kind: str
     ratios = (plain_policy.logps - plain_ref).tolist()
     assert metrics["kl"] == pytest.approx(sum(ratio**2 / 2 for ratio in ratios) / len(tokens))
     assert metrics["entropy"] == pytest.approx(sum(plain_policy.entropies.tolist()) / len(tokens))
+
+
+def test_saturated_pairs_are_those_with_a_weight_below_a_hundredth() -> None:
+    edge = math.log(99)  # sigmoid(-log 99) = 1/100
+    metrics, _ = seen(PAIRED, *with_rewards([[edge + 0.01, 0.0], [edge - 0.01, 0.0], [-9.0, 0.0], [9.0, 0.0]]))
+    assert metrics["rewards/saturated"] == 2 / 4
+    assert 1 / (1 + math.exp(edge)) == pytest.approx(0.01)
+
+
+def test_the_ranking_accuracy_of_the_policy_counts_ties_half() -> None:
+    examples, _, _ = with_rewards([[0.0, 0.0]] * 4)
+    policy = TokenLogps(torch.tensor([-1.0, -2.0, -2.0, -1.0, -3.0, -3.0, -5.0, -6.0]).double())
+    metrics, _ = seen(PAIRED, examples, policy, policy.logps)
+    assert metrics["logps/accuracies"] == (1 + 0 + 0.5 + 1) / 4
+    assert metrics["rewards/accuracies"] == 0.5
+
+
+def test_the_correlation_with_length_is_pearsons_over_all_pairs_of_all_batches() -> None:
+    examples = ragged("pair")
+    means, margins, differences = Means(), [], []
+    for part in (examples[:2], examples[2:]):
+        policy, ref = random_scores(padded.collate(part))
+        _, rewards = seen(PAIRED, part, policy, ref, means)
+        margins += [one - other for one, other in zip(rewards[::2], rewards[1::2], strict=True)]
+        differences += [len(example.completion_ids[0]) - len(example.completion_ids[1]) for example in part]
+    expected = float(np.corrcoef(margins, differences)[0, 1])
+    assert means.means()["length/correlation"] == pytest.approx(expected, rel=1e-9)
+    again = Means.from_json(means.to_json())
+    assert again.means() == means.means()
+    again.include(Means())
+    assert again.to_json() == means.to_json()
+
+
+def test_where_lengths_or_margins_do_not_differ_there_is_no_correlation() -> None:
+    assert "length/correlation" not in seen(PAIRED, *with_rewards([[2.0, 1.0], [3.0, 1.0]]))[0]
+
+
+def test_ktos_estimate_is_told() -> None:
+    examples = ragged("unpaired")
+    batch = padded.collate(examples)
+    policy, ref = random_scores(batch)
+    loss, means = build_loss({"name": "kto"}), Means()
+    logps = logps_for(loss, batch, policy, ref, torch.tensor(0.25).double())
+    observe(means, loss, batch, logps, loss(logps), policy, ref)
+    assert means.means()["kl_mismatched"] == 0.25
 
 
 def test_lengths_and_logps_speak_of_first_and_last() -> None:

@@ -228,7 +228,7 @@ def test_prompts_whose_answers_all_score_alike_are_told(settings: dict[str, Any]
     assert line["samples/undecided"] == 1.0
     assert line["grad_norm"] == 0.0
     (event,) = [event for event in rows_of(folder, "events.jsonl") if event["code"] == "undecided"]
-    assert "4 of 4 prompts" in event["message"]
+    assert "the answers to 100% of the prompts scored alike" in event["message"]
 
 
 def test_a_temperature_is_warned_of(settings: dict[str, Any]) -> None:

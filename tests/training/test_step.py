@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import math
 from collections.abc import Sequence
 from dataclasses import replace
 from functools import cache
@@ -19,6 +20,7 @@ from penchant.scoring.layout import PADDED, PREFIX_SHARED
 from penchant.scoring.metrics import Means
 from penchant.scoring.policy import Policy
 from penchant.scoring.reference import FrozenModel, Reference
+from penchant.training import step
 from penchant.training.optim import make_optimizer, set_rate
 from penchant.training.step import accumulate_gradient, train_step
 from penchant.types import (
@@ -395,3 +397,41 @@ def test_the_gradient_is_scaled_down_to_the_norm() -> None:
     train_step(policy, reference, DPOLoss(beta=5.0), [PADDED.collate(ragged("pair"))], optimizer, 0.01, means)
     assert seen["norm"] == pytest.approx(0.01, rel=1e-3)
     assert means.means()["grad_norm"] > 0.01
+
+
+def test_a_step_tells_how_far_it_went_and_whether_it_was_clipped() -> None:
+    for max_grad_norm, is_clipped in ((1e-3, 1.0), (1e9, 0.0)):
+        policy, reference = moved_policy()
+        before = torch.cat([parameter.detach().flatten().double() for parameter in policy.model.parameters()])
+        optimizer = make_optimizer(policy.model, config())
+        set_rate(optimizer, 1e-3)
+        means = Means()
+        train_step(policy, reference, DPOLoss(), [PADDED.collate(ragged("pair"))], optimizer, max_grad_norm, means)
+        after = torch.cat([parameter.detach().flatten().double() for parameter in policy.model.parameters()])
+        expected = ((after - before).norm() / before.norm()).item()
+        assert 0 < expected < 1
+        assert means.means()["update_ratio"] == pytest.approx(expected, rel=1e-9)
+        assert means.means()["grad_clipped"] == is_clipped
+
+
+def test_of_many_weights_the_same_share_of_each_tensor_is_watched(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(step, "_WEIGHTS_WATCHED", 100)
+    policy, _ = moved_policy()
+    sizes = [parameter.numel() for parameter in policy.model.parameters()]
+    watched = step._some_weights(policy)
+    assert [len(own) for own in watched] == [math.ceil(100 / sum(sizes) * size) for size in sizes]
+    first = next(iter(policy.model.parameters())).detach().flatten()
+    assert torch.equal(watched[0], first[: len(watched[0])])
+
+
+def test_the_rewards_before_a_step_come_by_the_index_of_their_example() -> None:
+    policy, reference = moved_policy()
+    examples = ragged("pair")
+    found: dict[int, tuple[float, ...]] = {}
+    optimizer = make_optimizer(policy.model, config())
+    parts = [PADDED.collate(examples[:4]), PADDED.collate(examples[4:])]
+    means = Means()
+    train_step(policy, reference, DPOLoss(beta=1.0), parts, optimizer, 1.0, means, rewards=found)
+    assert set(found) == {example.index for example in examples}
+    margins = [chosen - rejected for chosen, rejected in found.values()]
+    assert sum(margins) / 6 == pytest.approx(means.means()["rewards/margins"], rel=1e-9)

@@ -8,13 +8,14 @@ import sys
 from collections.abc import Callable, Sequence
 from typing import Any
 
-from penchant.cli import data, evaluating, online, showing, training
+from penchant.cli import data, doctor, evaluating, online, showing, training
 from penchant.config import option_names, parse_value
 from penchant.errors import UserError, nearest
 
 EXIT_CODES = (
     "Exit codes: 0 done; 1 a fault in Penchant; 2 something you can mend (the message says what); 3 no checkpoint is "
-    "whole; 130 stopped by Ctrl-C, 143 by SIGTERM (both after a checkpoint)."
+    "whole; 4 the watch has ended the run, as watch.stop_on asks for; 130 stopped by Ctrl-C, 143 by SIGTERM (both "
+    "after a checkpoint)."
 )
 
 
@@ -62,7 +63,7 @@ def _parser() -> argparse.ArgumentParser:
         added.set_defaults(run=run)
         return added
 
-    for room in (training, data, online, evaluating, showing):
+    for room in (training, data, doctor, online, evaluating, showing):
         room.add_verbs(verb)
     return parser
 

@@ -16,6 +16,9 @@ from penchant.errors import UserError
 if TYPE_CHECKING:
     from penchant.training.run import RunResult
 
+STOPPED_BY_THE_WATCH = 4
+"""Exit code of a run that ended before its time at a finding that watch.stop_on names."""
+
 _TRAIN_EPILOG = """examples:
   penchant train --model ./sft-model --data pairs.jsonl
   penchant train run.yaml --method ipo --loss.beta 0.05 --lora.rank 16 --output_dir runs/ipo
@@ -160,6 +163,8 @@ def _end(result: RunResult, as_json: bool) -> int:
     """What a command that trained leaves with: the summary if asked for, and the exit code."""
     if as_json:
         print(json.dumps({"run_dir": str(result.run_dir), **result.summary}, ensure_ascii=False, indent=2))
+    if result.summary["status"] == "stopped":
+        return STOPPED_BY_THE_WATCH
     return 128 + result.summary["signal"] if result.summary["status"] == "interrupted" else 0
 
 

@@ -14,6 +14,7 @@ from penchant.config.sections import (
     OnlineConfig,
     ReferenceConfig,
     SamplingConfig,
+    WatchConfig,
 )
 
 __all__ = [
@@ -28,6 +29,7 @@ __all__ = [
     "ReferenceConfig",
     "RunConfig",
     "SamplingConfig",
+    "WatchConfig",
     "add_methods",
     "config_from",
     "load_config",

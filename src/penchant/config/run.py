@@ -17,6 +17,7 @@ from penchant.config.sections import (
     ReferenceConfig,
     SamplingConfig,
     Section,
+    WatchConfig,
     filled,
 )
 from penchant.errors import nearest
@@ -131,6 +132,7 @@ class RunConfig(Section):
     """Also save, and keep, the checkpoint whose held-out loss is the lowest so far."""
     keep_checkpoints: int = Field(default=2, ge=1)
     """How many of the newest checkpoints are kept."""
+    watch: WatchConfig = Field(default_factory=WatchConfig)
     skip_spikes: bool = False
     """Skip a step whose loss or gradient norm lies 6 standard deviations above the last 128; default: only say so."""
     trackers: tuple[Tracker, ...] = ()

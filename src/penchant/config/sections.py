@@ -5,7 +5,10 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any, Literal, TypeVar
 
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
+
+from penchant.errors import nearest
+from penchant.watch import DETECTORS, SEVERITIES
 
 
 class Section(BaseModel):
@@ -157,3 +160,46 @@ class AdvantageConfig(Section):
     """Score of completions that were cut off at sampling.max_new_tokens, instead of the judge's."""
     value_learning_rate: float = Field(default=1e-4, gt=0)
     """Peak learning rate of the value head (gae)."""
+
+
+class WatchConfig(Section):
+    """What the watch does beside telling what it sees; codes are those of docs/watch.md."""
+
+    enabled: bool = True
+    """Look for trouble in the metrics while training, and tell each finding once."""
+    stop_on: tuple[str, ...] = ()
+    """End the run in good order at a finding of one of these codes or severities (warn, major, stop, and above)."""
+    lower_learning_rate_on: tuple[str, ...] = ()
+    """Halve the learning rate, once for each finding, at one of these codes or severities (and above)."""
+    thresholds: dict[str, float] = Field(default_factory=dict)
+    """Thresholds in the place of the detectors' own, as CODE.NAME: VALUE, such as displaced.warn: 1.0."""
+
+    @field_validator("stop_on", "lower_learning_rate_on", mode="before")
+    @classmethod
+    def _listed(cls, names: Any) -> Any:
+        """On the line the names stand behind each other: `--watch.stop_on displaced,stop`."""
+        return [name.strip() for name in names.split(",") if name.strip()] if isinstance(names, str) else names
+
+    @model_validator(mode="after")
+    def _known(self) -> WatchConfig:
+        """Names codes and thresholds that there are not, and what has no effect."""
+        known = [*DETECTORS, *SEVERITIES]
+        for key in ("stop_on", "lower_learning_rate_on"):
+            for name in getattr(self, key):
+                if name not in known:
+                    raise ValueError(f"watch.{key}: there is no finding '{name}'{nearest(name, known)}")
+            if getattr(self, key) and not self.enabled:
+                raise ValueError(f"watch.{key}: has no effect without watch.enabled")
+        there = [f"{code}.{name}" for code, detector in DETECTORS.items() for name in detector.thresholds]
+        for name in self.thresholds:
+            if name not in there:
+                raise ValueError(f"watch.thresholds: there is no threshold '{name}'{nearest(name, there)}")
+        return self
+
+    def by_detector(self) -> dict[str, dict[str, float]]:
+        """`thresholds` by the code of the detector."""
+        found: dict[str, dict[str, float]] = {}
+        for name, value in self.thresholds.items():
+            code, _, key = name.partition(".")
+            found.setdefault(code, {})[key] = value
+        return found

@@ -111,6 +111,12 @@ def describe(
     }
 
 
+def same_opening(answers: Sequence[Answer], words: int = 5) -> float:
+    """The share of the answers, at least one, that open with the commonest first words (shorter ones: with all)."""
+    openings = Counter(tuple(one.text.split()[:words]) for one in answers)
+    return max(openings.values()) / len(answers)
+
+
 def _as_record(one: Answer) -> dict[str, Any]:
     return {"text": one.text, "token_ids": one.token_ids, "is_finished": one.is_finished}
 

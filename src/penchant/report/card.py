@@ -65,7 +65,7 @@ def _render(run: RunRecord) -> str:
         examples_seen=finite(summary.get("examples_seen")),
         trained=run.unit("train"),
         measured=run.unit("eval"),
-        finished=summary.get("status") == "finished",
+        finished=summary.get("status") in ("finished", "stopped"),
         data=[_data_sentence(run, split, title) for split, title in (("train", "Training"), ("eval", "Held-out"))],
         accuracy=accuracy,
         answers=verdict.on_answers(run),

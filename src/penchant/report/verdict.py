@@ -130,6 +130,8 @@ def _status(run: RunRecord) -> list[str]:
     match run.summary.get("status"):
         case "running":
             return [f"This run was still going when the report was made; {so_far}."]
+        case "stopped":
+            return [f"The watch stopped this run before its end, as watch.stop_on asks for; {so_far}."]
         case "interrupted":
             return [f"This run was interrupted before its end; {so_far}."]
         case "failed":

@@ -9,21 +9,26 @@ import math
 from collections.abc import Mapping, Sequence
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Float, Int
 from torch import Tensor
 
 from penchant.losses import Loss, PPOLoss, RolloutLoss, preference_accuracy
 from penchant.losses.policy_gradient import kl_k3
 from penchant.scoring.records import rewards_of, sequence_logps, weights_of
-from penchant.types import Batch, Logps, RolloutLogps, TokenLogps
+from penchant.types import Batch, Logps, RolloutLogps, SequenceLogps, TokenLogps
+
+SATURATED = math.log(99)
+"""The margin from which on a pair teaches next to nothing: sigmoid(-margin), its weight in DPO's gradient, is 0.01."""
 
 
 class Means:
-    """Running means of named numbers, each over its own count (pairs or tokens) or weight."""
+    """Running means of named numbers, each over its own count (pairs or tokens) or weight, and correlations."""
 
     def __init__(self) -> None:
         self._sums: dict[str, float] = {}
         self._weights: dict[str, float] = {}
+        self._moments: dict[str, list[float]] = {}
+        """Of two numbers x and y: how many, and the sums of x, y, x^2, y^2 and x y."""
 
     def add(self, name: str, values: Float[Tensor, " n"], weights: Float[Tensor, " n"] | None = None) -> None:
         """Takes n values into the mean of `name`."""
@@ -32,9 +37,22 @@ class Means:
         self._sums[name] = self._sums.get(name, 0.0) + (values * weights).sum().item()
         self._weights[name] = self._weights.get(name, 0.0) + weights.sum().item()
 
+    def correlate(self, name: str, x: Float[Tensor, " n"], y: Float[Tensor, " n"]) -> None:
+        """Takes n couples of numbers into the correlation `name`."""
+        x, y = x.detach().double(), y.detach().double()
+        sums = [len(x), *(each.sum().item() for each in (x, y, x * x, y * y, x * y))]
+        known = self._moments.get(name, [0.0] * len(sums))
+        self._moments[name] = [float(old + new) for old, new in zip(known, sums, strict=True)]
+
     def means(self) -> dict[str, float | None]:
-        """The means so far; None where one is not finite (JSON knows no nan)."""
+        """The means and correlations so far; None where one is not finite (JSON knows no nan).
+
+        There is no correlation where one of the two numbers is always the same.
+        """
         means = {name: self._sums[name] / self._weights[name] for name in self._sums if self._weights[name]}
+        means |= {
+            name: found for name, moments in self._moments.items() if (found := _correlation(*moments)) is not None
+        }
         return {name: mean if math.isfinite(mean) else None for name, mean in means.items()}
 
     def include(self, other: Means) -> None:
@@ -42,17 +60,25 @@ class Means:
         for name in other._sums:
             self._sums[name] = self._sums.get(name, 0.0) + other._sums[name]
             self._weights[name] = self._weights.get(name, 0.0) + other._weights[name]
+        for name, moments in other._moments.items():
+            known = self._moments.get(name, [0.0] * len(moments))
+            self._moments[name] = [old + new for old, new in zip(known, moments, strict=True)]
 
     def to_json(self) -> dict[str, list[str]]:
-        """All that was seen, to the bit: sum and weight of each name, as hexadecimal floats."""
-        return {name: [self._sums[name].hex(), self._weights[name].hex()] for name in self._sums}
+        """All that was seen, as hexadecimal floats: sum and weight of each mean, moments of each correlation."""
+        moments = {name: [value.hex() for value in values] for name, values in self._moments.items()}
+        return {name: [self._sums[name].hex(), self._weights[name].hex()] for name in self._sums} | moments
 
     @classmethod
     def from_json(cls, seen: Mapping[str, Sequence[str]]) -> Means:
         """The inverse of `to_json`."""
         means = cls()
-        for name, (total, weight) in seen.items():
-            means._sums[name], means._weights[name] = float.fromhex(total), float.fromhex(weight)
+        for name, kept in seen.items():
+            values = [float.fromhex(value) for value in kept]
+            if len(values) == 2:
+                means._sums[name], means._weights[name] = values
+            else:
+                means._moments[name] = values
         return means
 
 
@@ -101,6 +127,11 @@ def observe(
     with, ties counting half: pairs, couples of a ranking, or (the area under the ROC curve) couples of one desirable
     and one undesirable completion. `rewards/margins`: chosen less rejected.
 
+    Of pairs and rankings alone: `rewards/saturated`: the share whose margin is above SATURATED; `logps/accuracies`: the
+    share in which the policy finds chosen likelier than rejected, ties counting half, which before training is the
+    ranking accuracy of the reference (Chen et al. 2024, arXiv:2405.19534); `length/correlation`: between the margin
+    and how many tokens longer chosen is. `kl_mismatched`: KTO's estimate of the KL divergence, nats a completion.
+
     `entropy`: of the policy's next-token distribution, nats a token; `kl`: how far the policy has moved from the
     reference on these completions, nats a token, always at least 0: the mean of d^2 / 2, d = log pi - log pi_ref
     (estimator k2 of Schulman 2020, "Approximating KL divergence"). The tokens are the data's, not the policy's own
@@ -125,7 +156,9 @@ def observe(
             means.add("rewards/margins", (rewards[firsts].mean() - rewards[lasts].mean()).reshape(1))
     else:
         means.add("rewards/accuracies", _accuracies(batch, rewards))
-        means.add("rewards/margins", rewards[firsts] - rewards[lasts])
+        _observe_pairs(means, rewards[firsts] - rewards[lasts], sequences, firsts, lasts, "scores" in loss.needs)
+    if isinstance(logps, SequenceLogps) and logps.kl is not None:
+        means.add("kl_mismatched", logps.kl.reshape(1))
     by_completion = {
         "rewards": rewards,
         "logps": sequences.policy_logps,
@@ -142,6 +175,32 @@ def observe(
     if ref is not None:
         means.add("kl", (policy.logps - ref)[of_completions].square() / 2)
     return rewards
+
+
+def _observe_pairs(
+    means: Means,
+    margins: Float[Tensor, " B"],
+    sequences: SequenceLogps,
+    firsts: Int[Tensor, " B"],
+    lasts: Int[Tensor, " B"],
+    are_scores: bool,
+) -> None:
+    """What is seen of the first and the last completion of each example beside the rewards themselves."""
+    lengths = sequences.lengths.double()
+    means.add("rewards/margins", margins)
+    means.add("rewards/saturated", (margins > SATURATED).double())
+    means.correlate("length/correlation", margins, lengths[firsts] - lengths[lasts])
+    if not are_scores:  # a reward model has no log-probabilities
+        logps = sequences.policy_logps
+        means.add("logps/accuracies", preference_accuracy(logps[firsts], logps[lasts]))
+
+
+def _correlation(number: float, x: float, y: float, xx: float, yy: float, xy: float) -> float | None:
+    """Pearson's, from moments; None where one of the two hardly varies, so that rounding would be all there is."""
+    spread_x, spread_y = xx - x * x / number, yy - y * y / number
+    if spread_x <= 1e-9 * xx or spread_y <= 1e-9 * yy:
+        return None
+    return (xy - x * y / number) / math.sqrt(spread_x * spread_y)
 
 
 def _places(batch: Batch) -> tuple[Tensor, Tensor]:

@@ -10,7 +10,7 @@ import numpy as np
 import torch
 
 from penchant.disk import make_folder, read_json_lines, write_json_lines
-from penchant.evaluate.answers import answer, describe
+from penchant.evaluate.answers import answer, describe, same_opening
 from penchant.evaluate.heldout import Evaluation
 from penchant.evaluate.wins import mean_with_interval, outcome
 from penchant.examples import Answer, Text
@@ -38,10 +38,11 @@ class HeldoutAnswers:
     def evaluate(self, step: int, advance: Callable[[int], None]) -> Evaluation:
         """Judges the policy as it stands; keeps the answers of step 0 and the latest, and the scores of all.
 
-        Metrics: `score`, the mean of the judge's; `win_rate` against the answers before training, ties counting half;
-        `answer_length` in tokens; `finished`, `distinct_2` and `repeated_4` as `evaluate.answers.describe` tells them;
-        and where the policy is sampled as it is, `answer_kl`, the mean of log pi - log pi_ref over the answers, in nats
-        a completion, which estimates KL(pi || pi_ref).
+        Metrics: `score`, the mean of the judge's, and its standard error `score_error`; `win_rate` against the answers
+        before training, ties counting half; `answer_length` in tokens; `finished`, `distinct_2` and `repeated_4` as
+        `evaluate.answers.describe` tells them; `same_opening`, the share that open with the same words; and where the
+        policy is sampled as it is, `answer_kl`, the mean of log pi - log pi_ref over the answers, in nats a completion,
+        which estimates KL(pi || pi_ref).
         """
         setup = self.setup
         size = setup.sampling_plan.batch_size
@@ -54,7 +55,9 @@ class HeldoutAnswers:
             "score": _mean(scores),
             "win_rate": _mean(wins),
             "answer_length": told["num_tokens"],
+            "score_error": _error(scores),
             **{name: told[name] for name in ("finished", "distinct_2", "repeated_4")},
+            "same_opening": same_opening(answers),
             "answer_kl": self._kl(answers),
         }
         self._keep(answers, scores, wins, step)
@@ -135,3 +138,8 @@ def _plain(text: Text) -> Any:
 def _mean(values: Sequence[float | None]) -> float | None:
     known = [value for value in values if value is not None]
     return float(np.mean(known)) if known else None
+
+
+def _error(values: Sequence[float | None]) -> float | None:
+    known = [value for value in values if value is not None]
+    return float(np.std(known, ddof=1) / np.sqrt(len(known))) if len(known) > 1 else None

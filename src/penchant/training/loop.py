@@ -29,7 +29,9 @@ from penchant.training.schedule import eval_interval, learning_rate_at
 from penchant.training.setup import Setup
 from penchant.training.state import expected_checkpoint_bytes, load_state, take_snapshot
 from penchant.training.step import StepOutcome, train_step
+from penchant.training.suspects import Suspects
 from penchant.training.trouble import Spikes, in_smaller_pieces, report_bad_step
+from penchant.training.watchman import Watchman
 
 CHECKPOINTS = "checkpoints"
 """Where they are in a run directory."""
@@ -92,6 +94,7 @@ class Training:
         self.keep, self.extras = keep, extras
         self.optimizer = make_optimizer(setup.policy.model, setup.config, setup.policy.value_head)
         self.progress, self.window, self.spikes = Progress(), Window(), Spikes()
+        self.watchman, self.suspects = Watchman(setup, log), Suspects()
         self.last_evaluation: Evaluation | None = None
         self.total = setup.steps
         self._source: Setup | Rounds = setup
@@ -104,13 +107,15 @@ class Training:
         self._saved_at = time.monotonic()
         self._started = started
 
-    def resume(self, checkpoint: Checkpoint) -> None:
-        """Takes everything up where the checkpoint left it."""
+    def resume(self, checkpoint: Checkpoint, goes_past_stop: bool = False) -> None:
+        """Takes everything up where the checkpoint left it, also past the place where the watch had stopped."""
         facts = load_state(checkpoint, self.setup.policy, self.optimizer)
         self.progress = Progress(**facts["progress"])
         window = facts["window"]
         self.window = Window(Means.from_json(window["means"]), window["tokens"], window["seconds"])
         self.spikes = Spikes.from_json(facts["spikes"])
+        self.watchman.load(facts.get("watch"), goes_past_stop)
+        self.suspects = Suspects.from_json(facts.get("suspects", ()))
         if self.setup.config.microbatch_tokens == facts["microbatch_tokens"]:  # else the user knows better by now
             self.setup.max_tokens = min(self.setup.max_tokens, facts["max_tokens"])
         if self.progress.step >= self.total:
@@ -125,7 +130,7 @@ class Training:
         return time.monotonic() - self._started
 
     def run(self) -> None:
-        """Trains the policy in place and evaluates it before, meanwhile and after.
+        """Trains the policy in place and evaluates it before, meanwhile and after; the watch may end it early.
 
         Raises:
             StopRequested: somebody asked for it; the state is that at the end of a step.
@@ -137,7 +142,7 @@ class Training:
             draws = self._source.draws(progress.step)
             while True:
                 self._evaluate_if_due()
-                if progress.step >= self.total:
+                if progress.step >= self.total or self.watchman.stop is not None:
                     break
                 self._save_if_due()
                 model.train()
@@ -161,6 +166,8 @@ class Training:
             "progress": asdict(progress),
             "window": window,
             "spikes": self.spikes.to_json(),
+            "watch": self.watchman.to_json(),
+            "suspects": self.suspects.to_json(),
             "microbatch_tokens": config.microbatch_tokens,
             "max_tokens": self.setup.max_tokens,
             **self.extras,
@@ -184,7 +191,7 @@ class Training:
     def _step(self, draw: Draw) -> str:
         """Takes one step; what to show beside the progress bar."""
         setup, progress, config, step = self.setup, self.progress, self.setup.config, self.progress.step + 1
-        rate = learning_rate_at(step, self.total, config)
+        rate = learning_rate_at(step, self.total, config) * self.watchman.rate_factor
         for name, values in draw.seen.items():
             self.window.means.add(name, torch.tensor(values))
         if not draw.examples:  # every pair of a small batch may be a tie
@@ -199,8 +206,9 @@ class Training:
             spike = self.spikes.look(loss, grad_norm)
             return spike is None or not config.skip_spikes
 
-        def attempt() -> tuple[StepOutcome, Means]:
+        def attempt() -> tuple[StepOutcome, Means, dict[int, tuple[float, ...]]]:
             means = Means()
+            rewards: dict[int, tuple[float, ...]] = {}
             parts, kl_parts = setup.batches(draw.examples), setup.batches_to_score(draw.mismatched)
             outcome = train_step(
                 setup.policy,
@@ -212,10 +220,11 @@ class Training:
                 means,
                 kl_parts,
                 accepts,
+                rewards,
             )
-            return outcome, means
+            return outcome, means, rewards
 
-        outcome, means = in_smaller_pieces(setup, self.log, step, attempt)
+        outcome, means, rewards = in_smaller_pieces(setup, self.log, step, attempt)
         progress.step = step
         progress.examples_seen += len(draw.examples)
         self.window.tokens += sum(example.num_scored_tokens for example in draw.examples)
@@ -223,6 +232,8 @@ class Training:
         progress.bad_steps = 0 if outcome.is_finite else progress.bad_steps + 1
         if outcome.is_finite:
             self.window.means.include(means)
+            if step <= setup.steps_per_epoch and not isinstance(setup, OnlineSetup):
+                self.suspects.look(rewards, step)
         else:
             report_bad_step(self.log, self.run_dir, setup, draw, step, outcome, progress.bad_steps)
         if spike:
@@ -247,11 +258,13 @@ class Training:
         step = self.progress.step
         stamp = {"step": step, "epoch": round(step / self.setup.steps_per_epoch, 4)}
         self.log.metrics({**stamp, "time_s": round(self.elapsed_s, 3), **values})
+        self.watchman.look({**stamp, **values})
 
     def _evaluate_if_due(self) -> None:
         setup, progress = self.setup, self.progress
         heldout, step = setup.datasets.heldout.examples, progress.step
         is_due = step in (0, self.total) or step % eval_interval(setup.config, self.total) == 0
+        is_due = is_due or self.watchman.stop is not None
         if not heldout or not is_due or progress.evaluated_at == step:
             return
 

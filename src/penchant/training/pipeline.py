@@ -68,6 +68,12 @@ def run_stages(
             except UserError as error:
                 raise UserError(f"stage {run_dir.name}: {error}") from error
             is_new = True
+            if result.summary["status"] == "stopped":
+                raise UserError(
+                    f"stage {run_dir.name}: the watch has stopped it ({result.summary['stopped_by']['code']}); look at "
+                    f"{run_dir / 'report.html'}. `penchant resume {run_dir}` goes on past that, and the same command "
+                    "again then with the stages behind."
+                )
             if result.summary["status"] == "interrupted":
                 return Pipeline(folder, run_dirs[:number], result.summary["signal"])
     return Pipeline(folder, run_dirs)

@@ -20,8 +20,11 @@ _FREE = {
     *("output_dir", "logging_steps", "eval_steps", "save_minutes", "save_steps", "save_best", "keep_checkpoints"),
     *("num_samples", "sample_max_new_tokens", "max_bad_rows", "microbatch_tokens", "device", "method"),
     *("gradient_checkpointing", "sampling.batch_size", "reference.cache", "data_cache", "trackers"),
+    *("watch.enabled", "watch.stop_on", "watch.thresholds"),
 }
-"""Keys that may change without a word: no step's result depends on them (`method` only names the loss)."""
+"""Keys that may change without a word: no step's result depends on them (`method` only names the loss).
+
+A single threshold of the watch is a key of its own (`watch.thresholds.displaced.warn`), which is compared."""
 
 _BY_CONTENT = ("model", "data", "eval_data", "chat_template", "reference.model")
 """Keys that name files: their content is compared, not where it lies."""

@@ -19,9 +19,7 @@ from penchant.errors import UserError
 from penchant.examples import Rollout, TokenizedExample
 from penchant.online.advantages import Numbers, gae, group_advantages, token_rewards, whitened
 from penchant.training.logger import count
-from penchant.training.rounds import Judged, Rounds
-
-_MANY_UNDECIDED = 0.5
+from penchant.training.rounds import Judged, Rounds, seen_of_answers
 
 
 @dataclass(frozen=True)
@@ -56,7 +54,7 @@ class Rollouts(Rounds):
             for example, own, own_returns, own_said in zip(bare, advantages, returns, said, strict=True)
         ]
         seen = self._seen(judged, scores, said, returns)
-        self._tell_of(number, judged, examples, seen)
+        self._tell_of(number, judged, seen)
         return examples, {name: values for name, values in seen.items() if len(values)}
 
     def _scored(self, judged: Sequence[Judged]) -> tuple[list[TokenizedExample], list[list[float]]]:
@@ -188,8 +186,7 @@ class Rollouts(Rounds):
         answers = [answer for one in judged for answer in one.answers]
         seen: dict[str, Sequence[float]] = {
             "samples/score": [score for own in scores for score in own],
-            "samples/length": [float(len(answer.token_ids)) for answer in answers],
-            "samples/finished": [float(answer.is_finished) for answer in answers],
+            **seen_of_answers(answers),
         }
         plan = self.setup.advantage_plan
         if plan.kind != "gae":
@@ -200,14 +197,8 @@ class Rollouts(Rounds):
             seen["samples/explained"] = [_explained(said, returns)]
         return seen
 
-    def _tell_of(
-        self,
-        number: int,
-        judged: Sequence[Judged],
-        examples: Sequence[TokenizedExample],
-        seen: Mapping[str, Sequence[float]],
-    ) -> None:
-        setup, step = self.setup, self.setup.steps_per_round * number
+    def _tell_of(self, number: int, judged: Sequence[Judged], seen: Mapping[str, Sequence[float]]) -> None:
+        setup = self.setup
         if setup.steps_per_round > 1:
             score = f"mean score {np.mean(seen['samples/score']):.4g}; " if seen["samples/score"] else ""
             self.log.say(
@@ -215,16 +206,6 @@ class Rollouts(Rounds):
                 f"{count(len(judged), 'prompt')}, {len(judged) * setup.num_completions} answers; {score}"
                 f"{np.mean(seen['samples/length']):.0f} tokens on average, {np.mean(seen['samples/finished']):.0%} "
                 "ended by themselves",
-            )
-        undecided = seen.get("samples/undecided", ())
-        if len(judged) > 1 and sum(undecided) + len(judged) - len(examples) > _MANY_UNDECIDED * len(judged):
-            self.log.event(
-                "warn",
-                "undecided",
-                f"round {number + 1}: all answers to {sum(undecided):.0f} of {len(judged)} prompts score the same, "
-                "so these teach nothing; they are too easy or too hard (choose other prompts), the answers too alike "
-                "(raise sampling.temperature or sampling.completions), or the judge too coarse",
-                step,
             )
 
 

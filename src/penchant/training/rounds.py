@@ -18,6 +18,7 @@ from safetensors.torch import load_file, save
 from penchant.data.loader import Draw, epoch_order
 from penchant.disk import make_folder, new_file, read_json_lines, read_mapping, write_json
 from penchant.errors import UserError
+from penchant.evaluate.answers import describe, same_opening
 from penchant.examples import Answer, TokenizedExample
 from penchant.online.growing import GrowingFile
 from penchant.online.judges import Question, Verdict
@@ -30,8 +31,6 @@ from penchant.training.online import OnlineSetup
 
 ROUNDS = "rounds"
 """Where they are in a run directory."""
-
-_FEW_PAIRS, _LOW_ACCEPTANCE = 0.5, 0.05
 
 
 @dataclass(frozen=True)
@@ -148,8 +147,7 @@ class Rounds:
         scores = [score for one in judged for score in one.verdict.scores if score is not None]
         seen = {
             "samples/score": scores,
-            "samples/length": [float(len(answer.token_ids)) for answer in answers],
-            "samples/finished": [float(answer.is_finished) for answer in answers],
+            **seen_of_answers(answers),
             "samples/gap": gaps,
             "samples/undecided": [undecided / len(judged)],
         }
@@ -166,8 +164,8 @@ class Rounds:
         undecided: int,
         seen: Mapping[str, Sequence[float]],
     ) -> None:
-        """A line for people about a round, and warnings where it is of little use."""
-        setup, step = self.setup, self.setup.steps_per_round * number
+        """A line for people about a round; what is wrong with rounds the watch tells."""
+        setup = self.setup
         if setup.steps_per_round > 1:
             unit = "completion" if setup.plan.pairs == "best" else "pair"
             score = f"mean score {np.mean(seen['samples/score']):.4g}; " if seen["samples/score"] else ""
@@ -176,25 +174,6 @@ class Rounds:
                 f"{count(len(judged), 'prompt')}, {len(judged) * setup.num_completions} answers; {score}"
                 f"{np.mean(seen['samples/length']):.0f} tokens on average, {np.mean(seen['samples/finished']):.0%} "
                 f"ended by themselves; {count(len(examples), unit)}, {undecided} without a decision",
-            )
-        if undecided > _FEW_PAIRS * len(judged):
-            self.log.event(
-                "warn",
-                "undecided",
-                f"round {number + 1}: the judge saw no difference between the answers to {undecided} of {len(judged)} "
-                "prompts, which are lost to training; usually they are too alike (raise sampling.temperature or "
-                "sampling.completions), or the judge is too coarse",
-                step,
-            )
-        acceptance = seen.get("samples/acceptance")
-        if acceptance and np.mean(acceptance) < _LOW_ACCEPTANCE:
-            self.log.event(
-                "warn",
-                "low-acceptance",
-                f"round {number + 1}: rejection sampling accepts {np.mean(acceptance):.1%} of the answers at first "
-                "sight, so what it keeps are hardly more than the best few; raise online.accept_beta or "
-                "sampling.completions",
-                step,
             )
 
     def _batches(self, number: int, examples: Sequence[TokenizedExample]) -> list[list[TokenizedExample]]:
@@ -246,6 +225,18 @@ class Rounds:
             "ids": [list(answer.token_ids) for answer in judged.answers],
             "source": prompt.source,
         }
+
+
+def seen_of_answers(answers: Sequence[Answer]) -> dict[str, list[float]]:
+    """What is seen of the answers of a round, whatever is done with them: length, end, repetition, sameness."""
+    told = describe(answers)
+    found = {f"samples/{name}": [told[name]] for name in ("distinct_2", "repeated_4") if told[name] is not None}
+    return {
+        "samples/length": [float(len(answer.token_ids)) for answer in answers],
+        "samples/finished": [float(answer.is_finished) for answer in answers],
+        "samples/same_opening": [same_opening(answers)],
+        **found,
+    }
 
 
 def claim_rounds(run_dir: Path, setup: OnlineSetup, made_with: Mapping[str, Any], step: int) -> None:

@@ -150,10 +150,10 @@ def execute(
         if is_new:
             held.enter_context(claimed(run_dir))
         open_run_dir(run_dir, keep=goes_on)
-        summary = first_summary(setup)
+        summary, earlier = first_summary(setup), read_summary(run_dir) if goes_on else {}
         if goes_on:
             _cut_back(run_dir, checkpoint, setup)
-            summary["started"] = read_summary(run_dir).get("started", summary["started"])
+            summary["started"] = earlier.get("started", summary["started"])
         write_text(run_dir / "run.yaml", resolved_run_file(config, run_dir))  # first: it makes this a run directory
         write_json(run_dir / "data.json", setup.datasets.findings)
         if isinstance(setup, OnlineSetup):
@@ -165,7 +165,8 @@ def execute(
             remember_allowed(run_dir, current)
         trackers = tracking(run_dir, config.trackers, lambda told, step: log.event("warn", "tracker", told, step))
         log.after_metrics = held.enter_context(trackers).look
-        run = Session(setup, log, run_dir, current, checkpoint, summary, started)
+        goes_past_stop = earlier.get("status") == "stopped"
+        run = Session(setup, log, run_dir, current, checkpoint, summary, started, goes_past_stop)
         run.complete()
     return RunResult(run_dir, run.summary)
 

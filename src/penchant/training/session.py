@@ -36,6 +36,7 @@ from penchant.training.rundir import read_summary
 from penchant.training.setup import Setup, make_reference
 from penchant.training.state import read_facts
 from penchant.training.trouble import in_smaller_pieces
+from penchant.training.watchman import rounds_of
 from penchant.types import Text
 
 
@@ -51,8 +52,10 @@ class Session:
         checkpoint: Checkpoint | None,
         summary: dict[str, Any],
         started: float,
+        goes_past_stop: bool = False,
     ) -> None:
-        """`started` is what `time.monotonic()` said when this attempt began."""
+        """`started` is what `time.monotonic()` said when this attempt began; the rest is that of `Training.resume`."""
+        self.goes_past_stop = goes_past_stop
         self.setup, self.log, self.run_dir, self.summary = setup, log, run_dir, summary
         self.fingerprint, self.checkpoint, self.started = fingerprint, checkpoint, started
         self.training: Training | None = None
@@ -68,7 +71,7 @@ class Session:
             self._fail(error)
             raise
         try:
-            if self.summary["status"] == "finished":
+            if self.summary["status"] in ("finished", "stopped"):
                 write_model_card(self.run_dir)
             self.log.say("report", str(write_report(self.run_dir)))
         except OSError as error:  # the run has ended all the same
@@ -101,7 +104,7 @@ class Session:
         }
         self.training = training = Training(setup, reference, log, run_dir, self.keep, extras, self.started)
         if self.checkpoint:
-            training.resume(self.checkpoint)
+            training.resume(self.checkpoint, self.goes_past_stop)
         training.run()
         self._keep_speed()
         if isinstance(setup, OnlineSetup):
@@ -109,6 +112,7 @@ class Session:
             for doubt in setup.judge.report().get("warnings", ()):
                 log.event("warn", "judge", doubt, setup.steps)
         else:
+            training.suspects.write(setup, run_dir)
             in_smaller_pieces(
                 setup, log, setup.steps, lambda: write_judgements(setup, reference, training.last_evaluation, run_dir)
             )
@@ -120,8 +124,14 @@ class Session:
         ]
         write_json_lines(run_dir / "samples.jsonl", samples)
         self._save_model()
-        self.keep(status="finished", best_step=training.progress.best_step)
-        forget_insurance(run_dir, setup.config, training.progress.best_step)
+        stop = training.watchman.stop
+        if stop is None:
+            self.keep(status="finished", best_step=training.progress.best_step)
+            forget_insurance(run_dir, setup.config, training.progress.best_step)
+        else:
+            training.save()
+            self.keep(status="stopped", stopped_by=stop.as_dict(), best_step=training.progress.best_step)
+            log.say("stopped", f"at step {stop.step} of {setup.steps} ({stop.code}); `penchant resume` would go on")
         log.say("model", str(run_dir / "model"))
 
     def _save_model(self) -> None:
@@ -216,6 +226,8 @@ def first_summary(setup: Setup) -> dict[str, Any]:
         "num_trainable": num_parameters(policy.model)[0],
         "steps": 0,
         "total_steps": setup.steps,
+        "steps_per_epoch": setup.steps_per_epoch,
+        "rounds": rounds_of(setup),
         "examples_seen": 0,
         "working_directory": str(Path.cwd()),
         "versions": {

@@ -15,7 +15,7 @@ from penchant.training.rundir import read_summary
 
 @dataclass(frozen=True)
 class Status:
-    """What is known of a run: `state` is running, finished, interrupted, failed or killed."""
+    """What is known of a run: `state` is running, finished, stopped (by the watch), interrupted, failed or killed."""
 
     state: str
     step: int

@@ -21,6 +21,9 @@ from penchant.training import hardware
 from penchant.training.optim import trainable_parameters
 from penchant.types import Batch, TokenLogps
 
+_WEIGHTS_WATCHED = 2**20
+"""About how many weights are copied before a step to see how far it goes."""
+
 
 @dataclass(frozen=True)
 class StepOutcome:
@@ -46,29 +49,52 @@ def train_step(
     means: Means,
     kl_batches: Sequence[Batch] = (),
     accepts: Callable[[float, float], bool] = lambda loss, grad_norm: True,
+    rewards: dict[int, tuple[float, ...]] | None = None,
 ) -> StepOutcome:
     """Accumulates the gradient over the microbatches of one optimizer batch and takes the step.
 
     The loss is the weighted sum over examples divided by the weights of the whole batch, so the gradient does not
     depend on how the batch was cut. Takes what was seen into `means`. `kl_batches` are the mismatched completions of a
     loss that needs the KL divergence. The weights stay as they were where loss or gradient is not finite, and where
-    `accepts(loss, grad_norm)` says no.
+    `accepts(loss, grad_norm)` says no. Into `rewards` go those of each example's completions before the step, by its
+    index.
+
+    Beside what `observe` sees: `grad_norm` before it is clipped, `grad_clipped` (the share of steps where it was), and
+    `update_ratio`, the norm of the step over the norm of the weights, measured on about a million trained weights.
 
     Raises:
         StopRequested: between two microbatches; the weights are as they were.
         UserError: memory ran out in the optimizer; the weights are of no use any more.
     """
     try:
-        mean_loss = accumulate_gradient(policy, reference, loss, batches, means, kl_batches)
+        mean_loss = accumulate_gradient(policy, reference, loss, batches, means, kl_batches, rewards)
         grad_norm = nn.utils.clip_grad_norm_(trainable_parameters(policy), max_grad_norm)
         means.add("grad_norm", grad_norm.reshape(1))
+        means.add("grad_clipped", (grad_norm > max_grad_norm).double().reshape(1))
         outcome = StepOutcome(mean_loss, grad_norm.item(), is_taken=False)
         if outcome.is_finite and accepts(outcome.loss, outcome.grad_norm):
+            before = _some_weights(policy)
             _take(optimizer)
+            means.add("update_ratio", _share_moved(before, _some_weights(policy)))
             outcome = replace(outcome, is_taken=True)
     finally:
         optimizer.zero_grad(set_to_none=True)
     return outcome
+
+
+@torch.no_grad()
+def _some_weights(policy: Policy) -> list[Tensor]:
+    """Copies of the first weights of every trained tensor, the same share of each, a million or so in all."""
+    weights = [parameter.flatten() for parameter in trainable_parameters(policy.model)]
+    share = min(1.0, _WEIGHTS_WATCHED / max(1, sum(map(len, weights))))
+    return [own[: math.ceil(share * len(own))].clone() for own in weights]
+
+
+def _share_moved(before: Sequence[Tensor], after: Sequence[Tensor]) -> Float[Tensor, " 1"]:
+    """||after - before|| / ||before||, over all tensors together."""
+    moved = torch.stack([(new - old).double().square().sum() for old, new in zip(before, after, strict=True)]).sum()
+    size = torch.stack([old.double().square().sum() for old in before]).sum()
+    return (moved / size.clamp(min=1e-30)).sqrt().reshape(1)
 
 
 def _take(optimizer: torch.optim.Optimizer) -> None:
@@ -91,6 +117,7 @@ def accumulate_gradient(
     batches: Sequence[Batch],
     means: Means,
     kl_batches: Sequence[Batch] = (),
+    rewards: dict[int, tuple[float, ...]] | None = None,
 ) -> float:
     """Adds the gradient of the mean loss over all examples of the microbatches to the policy's parameters.
 
@@ -132,5 +159,7 @@ def accumulate_gradient(
     with torch.no_grad():
         logps = logps_for(loss, whole, TokenLogps.join(seen), whole_ref, kl)
         losses = loss(logps)
-        observe(means, loss, whole, logps, losses, TokenLogps.join(seen), whole_ref)
+        found = iter(observe(means, loss, whole, logps, losses, TokenLogps.join(seen), whole_ref).tolist())
+        if rewards is not None:
+            rewards |= {example.index: tuple(next(found) for _ in example.completion_ids) for example in whole.examples}
         return ((losses * weights_of(loss, whole)).sum() / total_weight).item()

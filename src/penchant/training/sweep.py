@@ -61,8 +61,8 @@ def run_sweep(
     """Trains once for each combination of settings; each run has its folder within `output_dir`.
 
     Rows are read, tokenised and scored by the reference once for all runs that agree on what these depend on. A run
-    that is there already with the very same settings is kept when finished and else gone on with; one that fails does
-    not stop the others.
+    that is there already with the very same settings is kept when finished, or stopped by the watch, and else gone on
+    with; one that fails does not stop the others.
 
     Raises:
         UserError: a combination is no valid run; then none was begun.
@@ -88,8 +88,12 @@ def _train_all(folder: Path, configs: Mapping[str, RunConfig], overwrite: bool, 
         stopping.check()
         run_dir = folder / name
         log.say("run", f"{number} of {len(configs)}: {name}")
-        if not overwrite and read_summary(run_dir).get("status") == "finished" and is_run_of(run_dir, config):
-            log.say("run", "is there already, finished with these settings; kept")
+        if (
+            not overwrite
+            and read_summary(run_dir).get("status") in ("finished", "stopped")
+            and is_run_of(run_dir, config)
+        ):
+            log.say("run", "is there already with these settings; kept")
             continue
         try:
             result = execute(config, overwrite=overwrite, shared=shared)
