@@ -70,6 +70,8 @@ def test_the_metrics_are_those_of_the_formulas() -> None:
     rejected = 0.3 * (logps.policy_rejected_logps - logps.ref_rejected_logps)
     ratio = ref_logps - policy_logps.logps
     weights = torch.tensor([pair.weight for pair in pairs]).double()
+    surplus = torch.tensor([len(pair.completion_ids[0]) - len(pair.completion_ids[1]) for pair in pairs]).double()
+    ranked = logps.policy_chosen_logps > logps.policy_rejected_logps
     expected = {
         "loss": (torch.log1p(torch.exp(rejected - chosen)) * weights).sum() / weights.sum(),
         "rewards/chosen": chosen.mean(),
@@ -82,6 +84,9 @@ def test_the_metrics_are_those_of_the_formulas() -> None:
         "length/rejected": torch.tensor([len(pair.completion_ids[1]) for pair in pairs]).double().mean(),
         "entropy": policy_logps.entropies.mean(),
         "kl": (ratio**2 / 2).mean(),
+        "rewards/saturated": (torch.sigmoid(rejected - chosen) < 0.01).double().mean(),
+        "logps/accuracies": ranked.double().mean(),
+        "length/correlation": torch.corrcoef(torch.stack([(chosen - rejected).double(), surplus]))[0, 1],
     }
     assert found.metrics == pytest.approx({name: value.item() for name, value in expected.items()}, rel=1e-6)
 

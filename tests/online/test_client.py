@@ -287,7 +287,7 @@ def test_a_server_that_dies_on_the_way_is_not_asked_a_thousand_times(cache: Path
         asker = client(server, cache, parallel=4, retries=0)
         with pytest.raises(UserError, match="no usable answer"):
             asker.ask([chat(str(number)) for number in range(1000)])
-        assert 21 <= len(server.requests) <= 24
+        assert 21 <= len(server.requests) <= 28  # each of the four may be on its way, and have begun one more
 
 
 def test_a_stop_is_heard_within_a_second_and_what_had_come_is_kept(cache: Path) -> None:

@@ -66,7 +66,8 @@ def test_of_clean_rows_one_sentence_is_said(
         row["chosen"] = [{"role": "assistant", "content": f"the cat {place}"}]
     result = run(model_folder, tmp_path, made, quiet=False)
     assert names_of(result) == []
-    assert set(events_of(result)) <= {"identity"}
+    # The model was never trained, so that any answer is far from what it would say.
+    assert set(events_of(result)) <= {"identity", "weak-reference"}
     assert re.search(r"doctor .*23 checks of 500 examples: nothing to say", " ".join(capfd.readouterr().err.split()))
 
 
