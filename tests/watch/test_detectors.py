@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import random
 from dataclasses import replace
 from typing import Any
 
@@ -271,3 +272,37 @@ def test_the_losses_that_detectors_name_are_there() -> None:
         assert "reference" not in LOSSES[name]().needs
     for name in (*LOG_RATIO, *LOGISTIC):
         assert "reference" in LOSSES[name]().needs, name
+
+
+_RUNS = {
+    "dpo": DPO,
+    "kto": replace(DPO, losses=("kto",)),
+    "ipo": replace(DPO, losses=("ipo",)),
+    "orpo": replace(DPO, losses=("orpo",), settings={}),
+    "simpo": replace(DPO, losses=("simpo",), settings={"beta": 2.0, "gamma_beta_ratio": 0.5}),
+    "online": replace(DPO, rounds=20),
+    "grpo": replace(DPO, losses=("grpo",), settings={"beta": 0.04}, rounds=20, advantages=True),
+    "ppo": replace(DPO, losses=("ppo",), settings={}, rounds=20, advantages=True),
+}
+_NAMES = (
+    *("loss", "rewards/accuracies", "rewards/margins", "rewards/chosen", "rewards/rejected", "rewards/saturated"),
+    *("logps/chosen", "logps/rejected", "logps/accuracies", "length/chosen", "length/correlation", "entropy", "kl"),
+    *("kl_mismatched", "old_kl", "clipped", "value_error", "grad_norm", "grad_clipped", "update_ratio"),
+    *("samples/score", "samples/length", "samples/finished", "samples/undecided", "samples/acceptance"),
+    *("samples/repeated_4", "samples/distinct_2", "samples/same_opening", "samples/explained"),
+    *("eval_loss", "eval_rewards/accuracies", "eval_rewards/margins", "eval_logps/chosen", "eval_length/chosen"),
+    *("eval_length/correlation", "eval_kl", "eval_score", "eval_score_error", "eval_win_rate", "eval_answer_kl"),
+    *("eval_answer_length", "eval_finished", "eval_distinct_2", "eval_repeated_4", "eval_same_opening"),
+)
+
+
+@pytest.mark.parametrize("run", _RUNS)
+def test_a_log_that_lacks_a_measurement_is_no_trouble(run: str) -> None:
+    rng = random.Random(0)
+    logs = [{name for name in _NAMES if name != missing} for missing in (*_NAMES, None)] + [{name} for name in _NAMES]
+    for names in logs:
+        for scale in (1e-9, 0.5, 20.0):
+            lines = [{"step": step, **{name: scale * rng.gauss(0.5, 1) for name in names}} for step in range(30)]
+            made = history(lines)
+            for detector in DETECTORS.values():
+                detector.find(made, replace(_RUNS[run], total_steps=30))  # does not raise, whatever it finds

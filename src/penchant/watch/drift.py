@@ -109,7 +109,9 @@ def over_optimised(history: History, facts: Facts, at: Thresholds) -> Seen | Non
         elif name == "win_rate":
             least = at["sigmas"] * math.sqrt(0.5 / (facts.num_heldout or 50))
         else:
-            least = max(at["gain"] * (best - track.first), at["sigmas"] * history["eval_score_error"].mean(2))
+            errors = history["eval_score_error"]  # which older logs do not have
+            noise = errors.mean(2) if len(errors) else 0.0
+            least = max(at["gain"] * (best - track.first), at["sigmas"] * noise)
         distances = next((history[k] for k in ("eval_answer_kl", "eval_kl", "kl") if len(history[k])), None)
         then = None if distances is None else value_at(distances, best_at)
         if distances is None or then is None or drop <= least or distances.mean(2) <= at["kl"] * then:

@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
-from penchant.watch.history import Facts, History
+from penchant.watch.history import Facts, History, NothingMeasuredError
 
 Severity = Literal["warn", "major", "stop"]
 """warn: look at it; major: the run teaches something else than it should; stop: going on is of no use."""
@@ -79,10 +79,16 @@ class Detector:
     look: Look
 
     def find(self, history: History, facts: Facts, thresholds: Thresholds | None = None) -> Finding | None:
-        """What is to be said of a run as it stands; `thresholds` replaces some of the detector's own."""
+        """What is to be said of a run as it stands; `thresholds` replaces some of the detector's own.
+
+        Nothing is said where the log does not hold what the detector looks at.
+        """
         if not self.applies(facts):
             return None
-        seen = self.look(history, facts, {**self.thresholds, **(thresholds or {})})
+        try:
+            seen = self.look(history, facts, {**self.thresholds, **(thresholds or {})})
+        except NothingMeasuredError:
+            return None
         if seen is None:
             return None
         remedy = seen.remedy or self.remedy

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections import deque
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -100,6 +100,10 @@ def facts_of(
     )
 
 
+class NothingMeasuredError(Exception):
+    """A log does not hold what was asked for: other programs and older versions measure less."""
+
+
 class Track:
     """One measurement over the steps: its first values, its latest, an exponential mean, and both extremes."""
 
@@ -134,17 +138,16 @@ class Track:
     @property
     def first(self) -> float:
         """The very first value."""
-        return self.early[0][1]
+        return self.start(1)
 
     @property
     def last(self) -> float:
         """The latest value."""
-        return self.recent[-1][1]
+        return self.mean(1)
 
     def start(self, lines: int = 3) -> float:
         """The mean of the first lines, at most EARLY."""
-        values = [value for _, value in self.early[:lines]]
-        return sum(values) / len(values)
+        return _mean([value for _, value in self.early[:lines]])
 
     def values(self, lines: int = RECENT) -> list[float]:
         """The latest values, at most RECENT, the oldest first."""
@@ -152,8 +155,7 @@ class Track:
 
     def mean(self, lines: int) -> float:
         """The mean of the latest lines."""
-        values = self.values(lines)
-        return sum(values) / len(values)
+        return _mean(self.values(lines))
 
     def error(self, lines: int) -> float:
         """The standard error of that mean, from how the lines scatter; endless for a single line."""
@@ -227,3 +229,9 @@ class History:
 
 
 _NOTHING = Track()
+
+
+def _mean(values: Sequence[float]) -> float:
+    if not values:
+        raise NothingMeasuredError
+    return sum(values) / len(values)
