@@ -58,7 +58,7 @@ def cost_of(world: World, method: str) -> Cost:
         summary = json.loads((world.folder / "reward-0" / "summary.json").read_text(encoding="utf-8"))
         steps = summary["steps"]
     else:
-        settings |= {**online_runs(world)["ppo kl 0.05"], "batch_size": 32}
+        settings |= online_runs(world)["ppo kl 0.05"]
         settings["online"] = {**settings["online"], "rounds": 1}
         rows = str(world.folder / "train.jsonl")
         judge = make_judge(JudgeConfig(name="reward", model=str(world.folder / "reward-0" / "model")), "cpu", "float32")

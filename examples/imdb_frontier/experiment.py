@@ -227,6 +227,7 @@ def online_runs(world: World) -> dict[str, dict[str, Any]]:
     rounds = {"rounds": world.size.rounds, "prompts_per_round": 128}
     ppo = {
         "method": "ppo",
+        "batch_size": 32,
         "online": rounds,
         "num_train_epochs": 2,
         "sampling": {"max_new_tokens": world.size.max_new_tokens, "batch_size": 128},

@@ -109,7 +109,7 @@ def _train(world: World, name: str, seed: int, run_dir: Path) -> Any:
         return train(world.start, world.pairs, output_dir=str(run_dir), **settings, **offline_runs()[name])
     own = online_runs(world)[name]
     rounds = own["online"]["rounds"]
-    settings |= {"batch_size": 32, "save_steps": max(1, rounds * 8 // 4)}
+    settings["save_steps"] = max(1, rounds * 8 // 4)
     if name.startswith("ppo-gt"):
         judge: Any = RuleJudge(world.reward)
     else:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import random
 from dataclasses import replace
 from typing import Any
@@ -305,4 +306,16 @@ def test_a_log_that_lacks_a_measurement_is_no_trouble(run: str) -> None:
             lines = [{"step": step, **{name: scale * rng.gauss(0.5, 1) for name in names}} for step in range(30)]
             made = history(lines)
             for detector in DETECTORS.values():
-                detector.find(made, replace(_RUNS[run], total_steps=30))  # does not raise, whatever it finds
+                told = detector.find(made, replace(_RUNS[run], total_steps=30))
+                assert told is None or all(math.isfinite(value) for value in told.values.values() if value is not None)
+    nothing = history([{"step": step} for step in range(30)])
+    assert [code for code, detector in DETECTORS.items() if detector.find(nothing, _RUNS[run])] == []
+
+
+def test_a_fallen_score_is_seen_without_its_error_too() -> None:
+    lines = [
+        {"step": 10 * n, "eval_score": score, "eval_answer_kl": 0.5 * n} for n, score in enumerate((1, 3, 1.2, 1.2))
+    ]
+    told = found("over-optimised", lines, ONLINE)
+    assert told is not None
+    assert (told.severity, told.values["best"], told.values["best_step"]) == ("major", 3, 10)
