@@ -82,7 +82,8 @@ def test_memory_files_and_the_log_hold_out(
         assert growth(looks, steps) < 0.05
         settled = [look.num_files for look in looks if look.step > 0.2 * steps]
         assert max(settled) - min(settled) <= 3, settled  # a save that is going on holds a few
-        assert statistics.median(settled[-20:]) <= statistics.median(settled[:20])
+        half = len(settled) // 2  # what is held between the saves: the least that was seen
+        assert min(settled[half:]) <= min(settled[:half])
 
         lines = (run_dir / "metrics.jsonl").read_text().splitlines()
         logged = [json.loads(line)["step"] for line in lines[:-1]]
