@@ -27,13 +27,16 @@ _noted: list[int] = []
 """The signals that came since `listening` began."""
 
 _served: list[int] = []
-"""The signal that `check` has raised."""
+"""The signal that has been told."""
 
+
+_held: list[bool] = []
+"""Filled where `check` does nothing, since several processes have to stop together."""
 
 _SECONDS_BETWEEN_LOOKS = 0.5
 
 
-class _Asked:
+class _Place:
     """A place where requests may lie, looked at twice a second; one request is served, once."""
 
     def __init__(self, is_asked: Callable[[], bool]) -> None:
@@ -50,7 +53,28 @@ class _Asked:
 
 
 _here = threading.local()
-"""`asked`: the place to look at, of the work that this thread does."""
+"""`place`: where to look, of the work that this thread does."""
+
+
+def request() -> int | None:
+    """The signal by which somebody asked to stop, if so (SIGTERM for a request elsewhere); it is told once."""
+    place: _Place | None = getattr(_here, "place", None)
+    if _served or (place and place.is_served):
+        return None
+    if _noted:
+        _served.append(_noted[0])
+        return _noted[0]
+    return signal.SIGTERM if place and place.look() else None
+
+
+@contextmanager
+def held(wanted: bool) -> Iterator[None]:
+    """Within it, if `wanted`, `check` does nothing: work that several processes share is stopped by all or by none."""
+    _held.extend([True] * wanted)
+    try:
+        yield
+    finally:
+        _held.clear()
 
 
 def check() -> None:
@@ -59,25 +83,19 @@ def check() -> None:
     Raises:
         StopRequested: once.
     """
-    asked: _Asked | None = getattr(_here, "asked", None)
-    if _served or (asked and asked.is_served):
-        return
-    if _noted:
-        _served.append(_noted[0])
-        raise StopRequested(_noted[0])
-    if asked and asked.look():
-        raise StopRequested(signal.SIGTERM)
+    if not _held and (signum := request()):
+        raise StopRequested(signum)
 
 
 @contextmanager
 def asked_through(is_asked: Callable[[], bool]) -> Iterator[None]:
     """Within it `check` in this thread also stops, as for a SIGTERM, when `is_asked()` says so."""
-    previous = getattr(_here, "asked", None)
-    _here.asked = _Asked(is_asked)
+    previous = getattr(_here, "place", None)
+    _here.place = _Place(is_asked)
     try:
         yield
     finally:
-        _here.asked = previous
+        _here.place = previous
 
 
 @contextmanager

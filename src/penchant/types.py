@@ -206,6 +206,10 @@ class TokenLogps:
     log_collisions: Float[Tensor, " M"] | None = None
     values: Float[Tensor, " M"] | None = None
 
+    def as_tuple(self) -> tuple[Tensor | None, ...]:
+        """The fields in their order."""
+        return self.logps, self.entropies, self.log_collisions, self.values
+
     def detached(self) -> TokenLogps:
         """The same numbers without their gradients."""
         values = None if self.values is None else self.values.detach()

@@ -18,7 +18,7 @@ PACKAGE = ROOT / "src" / "penchant"
 
 FLOORS = [
     {"errors", "disk", "stopping"},
-    {"examples", "locking", "watch"},
+    {"examples", "locking", "watch", "distributed"},
     {"types"},
     {"losses"},
     {"config"},
@@ -75,9 +75,9 @@ def test_losses_know_torch_and_the_vocabulary_only() -> None:
         assert imports_of(path) <= {"losses", "types", "errors"}
 
 
-def test_torch_distributed_is_named_nowhere_yet() -> None:
+def test_torch_distributed_is_named_in_one_room() -> None:
     for path in FILES:
-        assert "torch.distributed" not in path.read_text(), path
+        assert path.name == "distributed.py" or "torch.distributed" not in path.read_text(), path
 
 
 def test_no_file_is_over_400_lines_and_no_function_over_100() -> None:

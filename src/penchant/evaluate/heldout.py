@@ -41,18 +41,11 @@ def evaluate(
 
     All of them are taken as one batch by losses that look at the whole of it.
     """
-    seen: list[Batch] = []
-    scored: list[TokenLogps] = []
-    refs: list[torch.Tensor] = []
     was_training = policy.model.training
     policy.model.eval()
-    for batch in batches:
-        batch = batch.to(policy.device)
-        if reference is not None:
-            refs += reference.token_logps([batch])
-        scored.append(policy.token_logps(batch, with_entropies=True, with_collisions="collisions" in loss.needs))
-        seen.append(batch)
-        advance(len(batch.examples))
+    seen = [batch.to(policy.device) for batch in batches]
+    refs = [] if reference is None else reference.token_logps(seen)
+    scored = policy.score_all(seen, with_entropies=True, with_collisions="collisions" in loss.needs, advance=advance)
     kl = mean_kl(policy, reference, kl_batches) if "kl" in loss.needs else None
     policy.model.train(was_training)
 

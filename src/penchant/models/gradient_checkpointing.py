@@ -35,11 +35,16 @@ def set_gradient_checkpointing(model: nn.Module, wanted: bool) -> None:
     base.disable_input_require_grads()  # what re-entrance alone needs; frozen embeddings stay without a gradient
 
 
-def num_checkpointed_layers(model: nn.Module) -> int:
-    """How many layers compute their activations again; 0 where it is off."""
+def layers_of(model: nn.Module) -> list[nn.Module]:
+    """The layers of a transformers model, one behind the other; of any other module none."""
     from transformers.modeling_layers import GradientCheckpointingLayer
 
-    return sum(isinstance(part, GradientCheckpointingLayer) and part.gradient_checkpointing for part in model.modules())
+    return [part for part in model.modules() if isinstance(part, GradientCheckpointingLayer)]
+
+
+def num_checkpointed_layers(model: nn.Module) -> int:
+    """How many layers compute their activations again; 0 where it is off."""
+    return sum(bool(layer.gradient_checkpointing) for layer in layers_of(model))
 
 
 def _method(base: Any, verb: str) -> Any:

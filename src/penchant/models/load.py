@@ -14,6 +14,7 @@ import torch
 from safetensors import SafetensorError
 from torch import Tensor, nn
 
+from penchant import distributed
 from penchant.disk import new_folder
 from penchant.errors import UserError
 from penchant.models.logps import evaluation_mode
@@ -77,13 +78,13 @@ def disable_dropout(model: nn.Module) -> None:
                 setattr(part, name, 0.0)
 
 
-def save_model(model: Any, tokenizer: Any, folder: Path) -> None:
+def save_model(model: Any, tokenizer: Any, folder: Path, weights: dict[str, Tensor] | None = None) -> None:
     """Writes model (or peft adapter) and tokenizer so that transformers (or peft) loads them; safetensors only.
 
-    The folder appears whole or not at all.
+    The folder appears whole or not at all. `weights` (by name) stand in for the model's own.
     """
     with new_folder(folder) as unfinished:
-        write_model(model, tokenizer, unfinished)
+        write_model(model, tokenizer, unfinished, weights)
         for path in (unfinished, *unfinished.iterdir()):
             path.chmod(0o755 if path.is_dir() else 0o644)  # what libraries write may be private
 
@@ -106,9 +107,11 @@ def load_weights(model: nn.Module, folder: Path) -> None:
     """
     refuse_harm(folder)
     if hasattr(model, "peft_config"):
-        from peft import load_peft_weights, set_peft_model_state_dict
+        from peft import get_peft_model_state_dict, load_peft_weights, set_peft_model_state_dict
 
-        found = set_peft_model_state_dict(model, load_peft_weights(str(folder), device="cpu"))
+        own, saved = get_peft_model_state_dict(model), load_peft_weights(str(folder), device="cpu")
+        fitting = {name: distributed.like(value, own.get(name, value)) for name, value in saved.items()}
+        found = set_peft_model_state_dict(model, fitting)
         if found.unexpected_keys:
             raise ValueError(f"it holds {found.unexpected_keys[0]}, which the model does not have")
         return
@@ -121,7 +124,7 @@ def load_weights(model: nn.Module, folder: Path) -> None:
         raise ValueError(f"it lacks {min(report['missing_keys'])}")
     weights = dict(saved.named_parameters())
     for name, parameter in model.named_parameters():
-        parameter.copy_(weights[name])
+        parameter.copy_(distributed.like(weights[name], parameter))
 
 
 def has_to_be_converted(name: str) -> bool:

@@ -11,16 +11,41 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
+from penchant import distributed
 from penchant.data.chat import encode
 from penchant.examples import Answer
 from penchant.layouts import padded
 from penchant.models.generation import Sampling, generate
+from penchant.models.gradient_checkpointing import layers_of
 from penchant.models.load import load_model_and_tokenizer
 from penchant.models.logps import token_logps
 from penchant.types import Batch, Text, TokenizedExample, TokenLogps
 
 Precision = Literal["float32", "bf16"]
 """`float32`, or `bf16`: matrix products in bfloat16 over float32 weights (autocast)."""
+
+
+def gathered_logps(
+    turns: Sequence[distributed.Turn], scored: Sequence[TokenLogps], batches: Sequence[Batch]
+) -> list[TokenLogps]:
+    """What was said of all batches, where each process has scored those of its turns."""
+    if not batches:
+        return []
+    columns = [one.as_tuple() for one in scored]
+    values = [[column for column in own if column is not None] for own in columns]
+    pieces = [iter(p) for p in distributed.gathered(turns, values, [len(batch.target_ids) for batch in batches])]
+    return [TokenLogps(*[None if column is None else next(piece) for column in columns[0]]) for piece in pieces]  # type: ignore[arg-type]
+
+
+class _Root(nn.Module):
+    """Model and value head as one module with one way in: sharded weights are whole within its forward."""
+
+    def __init__(self, model: nn.Module, value_head: nn.Module | None) -> None:
+        super().__init__()
+        self.model, self.value_head = model, value_head
+
+    def forward(self, work: Callable[[], tuple[Tensor | None, ...]]) -> tuple[Tensor | None, ...]:
+        return work()
 
 
 class Policy:
@@ -38,7 +63,7 @@ class Policy:
         self.model = model
         self.tokenizer = tokenizer
         self.precision = precision
-        self.value_head = value_head
+        self._root = _Root(model, value_head)
 
     @classmethod
     def from_pretrained(
@@ -50,6 +75,15 @@ class Policy:
             UserError: the model cannot be loaded.
         """
         return cls(*load_model_and_tokenizer(model, device), precision)
+
+    @property
+    def value_head(self) -> nn.Module | None:
+        """Maps hidden states (M, D) to what is expected to come (M, 1)."""
+        return self._root.value_head
+
+    @value_head.setter
+    def value_head(self, head: nn.Module | None) -> None:
+        self._root.value_head = head
 
     @property
     def device(self) -> torch.device:
@@ -69,7 +103,36 @@ class Policy:
     def token_logps(self, batch: Batch, with_entropies: bool = False, with_collisions: bool = False) -> TokenLogps:
         """Log-probabilities of the scored tokens of a batch, in nats, and what the value head says of them."""
         with self._arithmetic():
-            return token_logps(self.model, batch.to(self.device), with_entropies, with_collisions, self.value_head)
+            here = batch.to(self.device)
+            scored = self._root(lambda: self._score(here, with_entropies, with_collisions).as_tuple())
+        if not torch.is_grad_enabled():
+            distributed.let_go(self._root)
+        return TokenLogps(*scored)
+
+    def _score(self, batch: Batch, with_entropies: bool, with_collisions: bool) -> TokenLogps:
+        return token_logps(self.model, batch, with_entropies, with_collisions, self.value_head)
+
+    @torch.no_grad()
+    def score_all(
+        self,
+        batches: Sequence[Batch],
+        with_entropies: bool = False,
+        with_collisions: bool = False,
+        advance: Callable[[int], None] = lambda examples: None,
+    ) -> list[TokenLogps]:
+        """`token_logps` of each batch, without gradient; several processes share the work, all with the same batches.
+
+        Calls `advance(examples)` after each batch of this process, with those that all have done meanwhile.
+        """
+        turns, scored, step = distributed.turns(len(batches)), [], distributed.world().size
+        for number, turn in enumerate(turns):
+            scored.append(self.token_logps(batches[turn.place], with_entropies, with_collisions))
+            advance(sum(len(batch.examples) for batch in batches[number * step : (number + 1) * step]))
+        return gathered_logps(turns, scored, batches)
+
+    def shard(self) -> None:
+        """Splits the weights over all processes that work together; does nothing where this is the only one."""
+        distributed.shard(self._root, layers_of(self.model))
 
     def log_prob(self, prompts: Sequence[Text], completions: Sequence[Text]) -> Float[Tensor, " N"]:
         """log pi(completion | prompt) of N texts: the sum over the completion's tokens and its end token, in nats.
@@ -111,7 +174,7 @@ class Policy:
         encoded = [encode(self.tokenizer, prompt, ["."]) for prompt in prompts]
         prompt_ids = [ids for ids, _ in encoded]
         end_ids = {self.tokenizer.eos_token_id, *(answer[-1] for _, (answer,) in encoded)}
-        with self._arithmetic():
+        with self._arithmetic(), distributed.gathered_weights(self._root):
             samples = generate(
                 self.model,
                 prompt_ids,

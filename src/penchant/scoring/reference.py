@@ -12,12 +12,14 @@ import time
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
+from itertools import islice
 
 import numpy as np
 import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
+from penchant import distributed
 from penchant.errors import UserError
 from penchant.models.adapters import adapter_off
 from penchant.scoring.logps_store import LogpsStore
@@ -64,10 +66,15 @@ class FrozenModel(Reference):
         model: nn.Module = copy.deepcopy(policy.model)
         return cls(Policy(model, policy.tokenizer, policy.precision), is_start_of_policy=True, offload=offload)
 
+    def sharded(self) -> FrozenModel:
+        """The same, its weights split over all processes that work together."""
+        self._scorer.shard()
+        return self
+
     @torch.no_grad()
     def token_logps(self, batches: Sequence[Batch]) -> list[Float[Tensor, " M"]]:
         with self._on_device():
-            return [self._scorer.token_logps(batch).logps for batch in batches]
+            return [scored.logps for scored in self._scorer.score_all(batches)]
 
     @contextmanager
     def _on_device(self) -> Iterator[None]:
@@ -92,7 +99,7 @@ class AdapterOff(Reference):
     @torch.no_grad()
     def token_logps(self, batches: Sequence[Batch]) -> list[Float[Tensor, " M"]]:
         with adapter_off(self._policy.model):
-            return [self._policy.token_logps(batch).logps for batch in batches]
+            return [scored.logps for scored in self._policy.score_all(batches)]
 
 
 class LogpsCache:
@@ -121,17 +128,21 @@ class LogpsCache:
 
     @torch.no_grad()
     def fill(self, source: Policy, batches: Iterable[Batch], advance: Callable[[int], None]) -> None:
-        """Scores the examples of `batches` with `source` as it stands; calls `advance(examples)` as it goes."""
-        written_at = time.monotonic()
+        """Scores the examples of `batches` with `source` as it stands; calls `advance(examples)` as it goes.
+
+        Several processes share the work, and each keeps all of it.
+        """
+        written_at, left = time.monotonic(), iter(batches)
         try:
-            for batch in batches:
-                sequences = iter(source.token_logps(batch).logps.cpu().split(batch.lengths.tolist()))
-                for example in batch.examples:
-                    self._logps.update(zip(_keys(example), sequences, strict=False))
+            while at_once := [*islice(left, distributed.world().size)]:
+                for batch, scored in zip(at_once, source.score_all(at_once), strict=True):
+                    sequences = iter(scored.logps.cpu().split(batch.lengths.tolist()))
+                    for example in batch.examples:
+                        self._logps.update(zip(_keys(example), sequences, strict=False))
+                    advance(len(batch.examples))
                 if time.monotonic() - written_at >= _SECONDS_BETWEEN_WRITES:
                     self._write()
                     written_at = time.monotonic()
-                advance(len(batch.examples))
         finally:
             self._write()
 
@@ -211,8 +222,8 @@ def mean_kl(policy: Policy, reference: Reference | None, batches: Sequence[Batch
         raise ValueError("an estimate of the KL divergence needs a reference and mismatched completions")
     batches = [batch.to(policy.device) for batch in batches]
     ratios = [
-        batch.sum_by_sequence(policy.token_logps(batch).logps - ref)
-        for batch, ref in zip(batches, reference.token_logps(batches), strict=True)
+        batch.sum_by_sequence(scored.logps - ref)
+        for batch, scored, ref in zip(batches, policy.score_all(batches), reference.token_logps(batches), strict=True)
     ]
     return torch.cat(ratios).mean().clamp(min=0)
 

@@ -185,11 +185,9 @@ class RewardLearner(Policy):
         _choose_filling(loaded, tokenizer)
         return cls(loaded, tokenizer, precision)
 
-    def token_logps(self, batch: Batch, with_entropies: bool = False, with_collisions: bool = False) -> TokenLogps:
+    def _score(self, batch: Batch, with_entropies: bool, with_collisions: bool) -> TokenLogps:
         """Scores, each at the last token of its sequence; of entropies and log-collisions there are none."""
-        batch = batch.to(self.device)
-        with self._arithmetic():
-            scores = last_scores(self.model, batch)
+        scores = last_scores(self.model, batch)
         is_there = batch.lengths > 0
         lasts = (batch.lengths.cumsum(0) - 1)[is_there]
         zeros = torch.zeros(len(batch.target_ids), dtype=scores.dtype, device=scores.device)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import signal
 import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
@@ -10,6 +11,7 @@ from typing import Any
 
 import torch
 
+from penchant import distributed, stopping
 from penchant.config import RunConfig
 from penchant.data.loader import Draw
 from penchant.disk import sync
@@ -92,6 +94,7 @@ class Training:
     ) -> None:
         self.setup, self.reference, self.log, self.run_dir = setup, reference, log, run_dir
         self.keep, self.extras = keep, extras
+        self.checkpoints = run_dir / CHECKPOINTS
         self.optimizer = make_optimizer(setup.policy.model, setup.config, setup.policy.value_head)
         self.progress, self.window, self.spikes = Progress(), Window(), Spikes()
         self.watchman, self.suspects = Watchman(setup, log), Suspects()
@@ -145,6 +148,7 @@ class Training:
                 if progress.step >= self.total or self.watchman.stop is not None:
                     break
                 self._save_if_due()
+                self._stop_together()
                 model.train()
                 info = self._step(next(draws))
                 meter.advance(1, info)
@@ -157,7 +161,8 @@ class Training:
         A disk that is full or fails is told and ends nothing.
         """
         self.finish_writing()
-        if self._saved_step == self.progress.step:
+        (is_there,) = distributed.any_of([self._saved_step == self.progress.step], self.setup.policy.device)
+        if is_there:
             return
         policy, config, progress = self.setup.policy, self.setup.config, self.progress
         progress.time_s = round(self.elapsed_s, 3)
@@ -175,14 +180,16 @@ class Training:
         for log in ("metrics.jsonl", "events.jsonl"):
             if (self.run_dir / log).exists():
                 sync(self.run_dir / log)  # a loss of power must not leave the log behind the checkpoint
-        snapshot = take_snapshot(policy, self.optimizer, facts, copy=in_background)
-        step, best, folder = progress.step, progress.best_step if config.save_best else None, self.run_dir / CHECKPOINTS
+        snapshot = take_snapshot(policy, self.optimizer, facts, copy=in_background)  # which all processes take together
+        step, best, folder = progress.step, progress.best_step if config.save_best else None, self.checkpoints
 
         def write() -> None:
             write_checkpoint(folder, step, {"versions": self.extras.get("versions", {})}, snapshot.write)
             rotate(folder, config.keep_checkpoints, best)
 
         self._saved_step, self._saved_at = step, time.monotonic()
+        if not distributed.world().is_first:
+            return
         try:
             self._writer.start(write, in_background)
         except OSError as error:
@@ -307,12 +314,24 @@ class Training:
         if config.save_steps:
             is_due = step % config.save_steps == 0
         else:
-            is_due = time.monotonic() - self._saved_at > 60 * config.save_minutes
+            late = time.monotonic() - self._saved_at > 60 * config.save_minutes
+            (is_due,) = distributed.any_of([late], self.setup.policy.device)
         if is_due:
             # Beside the training a copy of the state is written, which needs its memory.
             free = hardware.available_memory_bytes()
             size = expected_checkpoint_bytes(self.setup.policy, config)
             self.save(in_background=size < _SHARE_OF_FREE_MEMORY * free)
+
+    def _stop_together(self) -> None:
+        """Where several processes work, the next step is begun by all or by none.
+
+        Raises:
+            StopRequested: one of them was asked to stop.
+        """
+        if distributed.world().size > 1:
+            signum = stopping.request()
+            if any(distributed.any_of([signum is not None], self.setup.policy.device)):
+                raise stopping.StopRequested(signum or signal.SIGTERM)
 
     def finish_writing(self) -> None:
         """Waits for the checkpoint that is being written beside the training."""
@@ -325,7 +344,7 @@ class Training:
         self._saved_step = -1
         message = (
             f"a checkpoint could not be written ({error.strerror or error}); training goes on, and the checkpoints "
-            f"before it are as they were. Make room in {self.run_dir / CHECKPOINTS}"
+            f"before it are as they were. Make room in {self.checkpoints}"
         )
         self.log.event("major", "checkpoint-failed", message, self.progress.step)
 

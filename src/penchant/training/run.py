@@ -8,9 +8,10 @@ from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
-from penchant import stopping
+from penchant import distributed, stopping
 from penchant.config import RunConfig, config_from
 from penchant.disk import free_bytes, write_json, write_text
 from penchant.doctor.preview import names_of
@@ -48,7 +49,7 @@ from penchant.training.rundir import (
     resolved_run_file,
 )
 from penchant.training.session import Session, first_summary
-from penchant.training.setup import Setup, set_up
+from penchant.training.setup import Setup, refuse_what_processes_cannot, set_up
 from penchant.training.shared import Shared
 from penchant.training.state import expected_checkpoint_bytes, read_facts
 
@@ -131,42 +132,53 @@ def execute(
     log, started = log or RunLog(), time.monotonic()
     gc.collect()  # models of earlier runs are circles of references, which are let go only now and then
     hardware.forget_peak_memory()
-    run_dir = choose_run_dir(config)
-    with explained(run_dir), stopping.listening(), ExitStack() as held:
-        goes_on = check_run_dir(run_dir, overwrite)
-        is_new = not run_dir.exists()
-        if not is_new:
-            held.enter_context(locked(run_dir))
-            goes_on = check_run_dir(run_dir, overwrite)  # again: whoever held the lock may have come to an end
-        checkpoint = _checkpoint_of(run_dir, log) if goes_on else None
-        setup = _set_up(config, log, data, eval_data, policy, judge, shared)
-        describe(setup, log)
+    with distributed.joined() as me, stopping.listening(), stopping.held(me.size > 1), ExitStack() as held:
+        if not me.is_first:
+            log = RunLog(quiet=True)
+        run_dir = distributed.told_by_first(choose_run_dir(config))
+        held.enter_context(explained(run_dir))
+        goes_on, is_new, checkpoint = False, False, None
+        if me.is_first:
+            goes_on, is_new = check_run_dir(run_dir, overwrite), not run_dir.exists()
+            if not is_new:
+                held.enter_context(locked(run_dir))
+                goes_on = check_run_dir(run_dir, overwrite)  # again: whoever held the lock may have come to an end
+            checkpoint = _checkpoint_of(run_dir, log) if goes_on else None
+        goes_on, checkpoint = distributed.told_by_first((goes_on, checkpoint))
+        setup = distributed.first_alone(lambda: _set_up(config, log, data, eval_data, policy, judge, shared))
+        refuse_what_processes_cannot(setup, me.size)
+        describe(setup, log)  # the others too, in silence: what is tried on the way all must have tried
         current = fingerprint(setup)
         changes = changes_since(read_facts(checkpoint)["fingerprint"], current) if checkpoint else {}
         check_allowed(allow_change, current, changes)
         if checkpoint and not was_allowed(run_dir, current):
             refuse_changes(changes, allow_change, run_dir, checkpoint.step)
-        _warn_of_little_room(setup, run_dir, log)
-        if is_new:
-            held.enter_context(claimed(run_dir))
-        open_run_dir(run_dir, keep=goes_on)
-        summary, earlier = first_summary(setup), read_summary(run_dir) if goes_on else {}
-        if goes_on:
-            _cut_back(run_dir, checkpoint, setup)
-            summary["started"] = earlier.get("started", summary["started"])
-        write_text(run_dir / "run.yaml", resolved_run_file(config, run_dir))  # first: it makes this a run directory
-        write_json(run_dir / "data.json", setup.datasets.findings)
-        if isinstance(setup, OnlineSetup):
-            claim_rounds(run_dir, setup, current, checkpoint.step if checkpoint else 0)
-        log.keep_in(run_dir)
-        if goes_on:
-            _say_going_on(log, checkpoint, setup.steps, changes)
-        if changes:
-            remember_allowed(run_dir, current)
-        trackers = tracking(run_dir, config.trackers, lambda told, step: log.event("warn", "tracker", told, step))
-        log.after_metrics = held.enter_context(trackers).look
-        goes_past_stop = earlier.get("status") == "stopped"
-        run = Session(setup, log, run_dir, current, checkpoint, summary, started, goes_past_stop)
+        # The first process keeps the books; the others have some of their own, which nobody reads.
+        books = run_dir if me.is_first else Path(held.enter_context(TemporaryDirectory(prefix="penchant-")))
+        summary, goes_past_stop = first_summary(setup) | {"processes": me.size}, False
+        if me.is_first:
+            _warn_of_little_room(setup, run_dir, log)
+            if is_new:
+                held.enter_context(claimed(run_dir))
+            open_run_dir(run_dir, keep=goes_on)
+            earlier = read_summary(run_dir) if goes_on else {}
+            goes_past_stop = earlier.get("status") == "stopped"
+            if goes_on:
+                _cut_back(run_dir, checkpoint, setup)
+                summary["started"] = earlier.get("started", summary["started"])
+            write_text(run_dir / "run.yaml", resolved_run_file(config, run_dir))  # first: it makes this a run directory
+            write_json(run_dir / "data.json", setup.datasets.findings)
+            if isinstance(setup, OnlineSetup):
+                claim_rounds(run_dir, setup, current, checkpoint.step if checkpoint else 0)
+            log.keep_in(run_dir)
+            if goes_on:
+                _say_going_on(log, checkpoint, setup.steps, changes)
+            if changes:
+                remember_allowed(run_dir, current)
+            trackers = tracking(run_dir, config.trackers, lambda told, step: log.event("warn", "tracker", told, step))
+            log.after_metrics = held.enter_context(trackers).look
+        goes_past_stop = distributed.told_by_first(goes_past_stop)
+        run = Session(setup, log, books, current, checkpoint, summary, started, goes_past_stop)
         run.complete()
     return RunResult(run_dir, run.summary)
 

@@ -11,6 +11,7 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
+from penchant import distributed
 from penchant.config import load_config
 from penchant.disk import remove_leftovers, write_json, write_json_lines
 from penchant.errors import UserError
@@ -34,7 +35,7 @@ from penchant.training.online import OnlineSetup
 from penchant.training.resume import Fingerprint
 from penchant.training.rundir import read_summary
 from penchant.training.setup import Setup, make_reference
-from penchant.training.state import read_facts
+from penchant.training.state import read_facts, weights_to_keep
 from penchant.training.trouble import in_smaller_pieces
 from penchant.training.watchman import rounds_of
 from penchant.types import Text
@@ -70,6 +71,8 @@ class Session:
         except BaseException as error:
             self._fail(error)
             raise
+        if not distributed.world().is_first:
+            return
         try:
             if self.summary["status"] in ("finished", "stopped"):
                 write_model_card(self.run_dir)
@@ -92,6 +95,7 @@ class Session:
         facts = read_facts(self.checkpoint) if self.checkpoint else {}
         before = facts.get("answers_before") or _answers(setup, prompts, log, "before")
         reference = in_smaller_pieces(setup, log, 0, lambda: make_reference(setup, log))
+        setup.policy.shard()  # a copy for the reference has been made
         if reference is not None:
             self.keep(reference=reference.description)
             log.say("reference", reference.description)
@@ -137,9 +141,12 @@ class Session:
     def _save_model(self) -> None:
         policy, place = self.setup.policy, self.run_dir / "model"
         try:
-            # Judges and servers read no adapters of reward models.
-            model = policy.merged() if isinstance(policy, RewardLearner) else policy.model
-            save_model(model, policy.tokenizer, place)
+            weights = weights_to_keep(policy)  # which all processes put together
+            if distributed.world().is_first:
+                # Judges and servers read no adapters of reward models.
+                is_adapted = isinstance(policy, RewardLearner) and self.setup.config.lora.rank
+                model = policy.merged() if is_adapted else policy.model  # type: ignore[attr-defined]
+                save_model(model, policy.tokenizer, place, None if is_adapted else weights)
         except OSError as error:
             raise UserError(
                 f"output_dir: the trained model could not be written to '{place}' ({error.strerror or error}). Make "

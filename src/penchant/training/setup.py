@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from itertools import islice
@@ -11,6 +10,7 @@ from typing import Any
 
 import torch
 
+from penchant import distributed
 from penchant.config import ReferenceConfig, RunConfig
 from penchant.data import loader
 from penchant.data.flat import Reordered
@@ -89,11 +89,20 @@ class Setup:
 
     def batches(self, examples: Sequence[TokenizedExample]) -> list[Batch]:
         """Microbatches to learn from."""
-        return list(self.layout.batches(examples, self.max_tokens, "prompts" in self.loss.needs))
+        return list(self.layout.batches(examples, self._at_once(examples, self.max_tokens), self._with_prompts))
 
     def batches_to_score(self, examples: Sequence[TokenizedExample]) -> list[Batch]:
         """Batches for a pass without gradient."""
-        return list(self.layout.batches(examples, 2 * self.max_tokens, "prompts" in self.loss.needs))
+        return list(self.layout.batches(examples, self._at_once(examples, 2 * self.max_tokens), self._with_prompts))
+
+    @property
+    def _with_prompts(self) -> bool:
+        return "prompts" in self.loss.needs
+
+    def _at_once(self, examples: Sequence[TokenizedExample], most: int) -> int:
+        """Tokens computed at once: no more than leave a part for every process."""
+        share = -(-self.layout.cost(examples) // distributed.world().size) if examples else most
+        return min(most, share)
 
     def visited(self) -> tuple[Sequence[TokenizedExample], list[TokenizedExample]]:
         """The training examples that the run's steps will see, each once, and the mismatched ones of all steps."""
@@ -160,9 +169,28 @@ def refuse_what_never_works(config: RunConfig, loss: Loss) -> None:
         UserError: naming what.
     """
     refuse_old_versions()
-    _refuse_several_processes()
     _refuse_idle_options(config, loss)
     refuse_missing(config.trackers)
+
+
+def refuse_what_processes_cannot(setup: Setup, number: int) -> None:
+    """Stops where several processes are to do what only one can do so far.
+
+    Raises:
+        UserError: naming it.
+    """
+    if number == 1:
+        return
+    if setup.config.is_online:
+        raise UserError(
+            f"method: {setup.config.method_name()} samples in one process so far; start it without torchrun."
+        )
+    if setup.config.reference.offload:
+        raise UserError("reference.offload: several processes share the reference out instead; leave it out.")
+    if isinstance(setup.policy, RewardLearner) and setup.config.lora.rank:
+        raise UserError(
+            "lora: a reward model with an adapter is trained by one process so far; start it without torchrun."
+        )
 
 
 def load_policy(
@@ -215,9 +243,9 @@ def make_reference(setup: Setup, log: RunLog) -> Reference | None:
         if layout is not PADDED and (trouble := trouble_with(layout, source, setup.datasets.train.examples)):
             raise UserError(f"reference.model: does not fit the layout {layout.name}: {trouble}; set layout: padded.")
     if kind == "copy":
-        return FrozenModel.copy_of(policy, config.reference.offload)
+        return FrozenModel.copy_of(policy, config.reference.offload).sharded()
     if kind == "model":
-        return FrozenModel(source, is_start_of_policy=False, offload=config.reference.offload)
+        return FrozenModel(source, is_start_of_policy=False, offload=config.reference.offload).sharded()
     if not setup.datasets.train.examples[0].completion_ids:  # bare prompts: what is sampled is scored as it comes
         return Precomputed(LogpsCache(), is_start_of_policy=True)
     cache = _logps_cache(setup, source, weights, architecture)
@@ -243,7 +271,11 @@ def _fill(cache: LogpsCache, setup: Setup, source: Policy, log: RunLog) -> None:
     parts = setup.layout.parts(examples, 2 * setup.max_tokens)
 
     def missing() -> list[list[TokenizedExample]]:
-        found = [rest for part in parts if (rest := cache.missing(part))]
+        lacking = {id(example) for part in parts for example in cache.missing(part)}
+        # What one process lacks all compute, for they do it together.
+        flags = distributed.any_of([id(one) in lacking for part in parts for one in part], source.device)
+        is_lacking = iter(flags)
+        found = [rest for part in parts if (rest := [one for one in part if next(is_lacking)])]
         for trouble in cache.new_troubles():
             log.event("warn", "reference-cache", trouble, step=0)
         return found
@@ -270,11 +302,6 @@ def _as_configured(policy: Policy, config: RunConfig, kind: type[Policy]) -> Pol
     if config.dtype == "auto":
         return policy
     return kind(policy.model, policy.tokenizer, hardware.resolve_precision(config.dtype, policy.device))
-
-
-def _refuse_several_processes() -> None:
-    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
-        raise UserError("this version trains in one process; start it without torchrun")
 
 
 def _data_source(

@@ -12,6 +12,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
+from penchant import distributed
 from penchant.config import RunConfig
 from penchant.errors import UserError
 from penchant.models.load import load_weights, write_model
@@ -45,7 +46,9 @@ def take_snapshot(policy: Policy, optimizer: torch.optim.Optimizer, facts: dict[
     """The state as it stands, in host memory; `facts` is anything that JSON can hold."""
 
     def kept(value: Tensor) -> Tensor:
-        return value.detach().to("cpu", copy=copy).contiguous()
+        own = value.detach()
+        full = distributed.whole(own)
+        return full.to("cpu", copy=copy and full is own).contiguous()
 
     tensors = {f"optimizer.{name}": kept(value) for name, value in _moments(policy, optimizer).items()}
     if policy.value_head is not None:  # beside the model, which others load
@@ -54,6 +57,11 @@ def take_snapshot(policy: Policy, optimizer: torch.optim.Optimizer, facts: dict[
     if torch.cuda.is_available():
         tensors |= {f"random.cuda.{i}": state for i, state in enumerate(torch.cuda.get_rng_state_all())}
     return Snapshot(policy, _weights(policy.model, kept), tensors, {**facts, "optimizer": type(optimizer).__name__})
+
+
+def weights_to_keep(policy: Policy) -> dict[str, Tensor]:
+    """The weights of the model, or of its adapter, in full and in host memory."""
+    return _weights(policy.model, lambda value: distributed.whole(value.detach()).to("cpu").contiguous())
 
 
 def expected_checkpoint_bytes(policy: Policy, config: RunConfig) -> int:
@@ -78,7 +86,9 @@ def load_state(checkpoint: Checkpoint, policy: Policy, optimizer: torch.optim.Op
     try:
         load_weights(policy.model, checkpoint.folder)
         if policy.value_head is not None:
-            policy.value_head.load_state_dict(_without_prefix(tensors, _VALUE_HEAD))
+            head = policy.value_head.state_dict()
+            saved = _without_prefix(tensors, _VALUE_HEAD)
+            policy.value_head.load_state_dict({name: distributed.like(saved[name], head[name]) for name in head})
         if facts["optimizer"] == type(optimizer).__name__:
             _load_moments(
                 policy,
@@ -106,13 +116,15 @@ def _weights(model: nn.Module, kept: Callable[[Tensor], Tensor]) -> dict[str, Te
     Tied weights stay one tensor, so that they are written once.
     """
     trained = {name for name, parameter in model.named_parameters() if parameter.requires_grad}
+    # Of two names of one tensor the state holds two views, so the parameters themselves are looked at.
+    owners = {name: id(parameter) for name, parameter in model.named_parameters(remove_duplicate=False)}
     is_adapter = hasattr(model, "peft_config")
-    seen: dict[tuple[Any, ...], Tensor] = {}
+    seen: dict[Any, Tensor] = {}
     weights = {}
     for name, value in model.state_dict().items():
         if not is_adapter or name in trained:
-            place = (value.data_ptr(), value.shape, value.stride(), value.dtype)
-            weights[name] = seen[place] if place in seen else seen.setdefault(place, kept(value))
+            owner = owners.get(name, name)
+            weights[name] = seen[owner] if owner in seen else seen.setdefault(owner, kept(value))
     return weights
 
 
@@ -137,11 +149,12 @@ def _moments(policy: Policy, optimizer: torch.optim.Optimizer) -> dict[str, Tens
 
 def _load_moments(policy: Policy, optimizer: torch.optim.Optimizer, moments: dict[str, Tensor]) -> None:
     names = _names(policy)
-    places = {
-        names[id(parameter)]: i for i, parameter in enumerate(p for g in optimizer.param_groups for p in g["params"])
-    }
+    parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
+    places = {names[id(parameter)]: place for place, parameter in enumerate(parameters)}
     state: dict[int, dict[str, Tensor]] = {}
     for full_name, value in moments.items():
         name, _, key = full_name.rpartition(":")
-        state.setdefault(places[name], {})[key] = value
+        parameter = parameters[places[name]]
+        is_of_weights = value.shape == parameter.shape
+        state.setdefault(places[name], {})[key] = distributed.like(value, parameter) if is_of_weights else value
     optimizer.load_state_dict({"state": state, "param_groups": optimizer.state_dict()["param_groups"]})

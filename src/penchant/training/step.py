@@ -10,11 +10,11 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from penchant import stopping
+from penchant import distributed, stopping
 from penchant.errors import UserError
 from penchant.losses import Loss
 from penchant.scoring.metrics import Means, observe
-from penchant.scoring.policy import Policy
+from penchant.scoring.policy import Policy, gathered_logps
 from penchant.scoring.records import logps_for, weights_of
 from penchant.scoring.reference import Reference, mean_kl
 from penchant.training import hardware
@@ -68,7 +68,7 @@ def train_step(
     """
     try:
         mean_loss = accumulate_gradient(policy, reference, loss, batches, means, kl_batches, rewards)
-        grad_norm = nn.utils.clip_grad_norm_(trainable_parameters(policy), max_grad_norm)
+        grad_norm = distributed.whole(nn.utils.clip_grad_norm_(trainable_parameters(policy), max_grad_norm))
         means.add("grad_norm", grad_norm.reshape(1))
         means.add("grad_clipped", (grad_norm > max_grad_norm).double().reshape(1))
         outcome = StepOutcome(mean_loss, grad_norm.item(), is_taken=False)
@@ -84,16 +84,20 @@ def train_step(
 
 @torch.no_grad()
 def _some_weights(policy: Policy) -> list[Tensor]:
-    """Copies of the first weights of every trained tensor, the same share of each, a million or so in all."""
-    weights = [parameter.flatten() for parameter in trainable_parameters(policy.model)]
-    share = min(1.0, _WEIGHTS_WATCHED / max(1, sum(map(len, weights))))
-    return [own[: math.ceil(share * len(own))].clone() for own in weights]
+    """Copies of the first weights of every trained tensor, the same share of each, a million or so in all.
+
+    Of sharded tensors those of them that this process keeps.
+    """
+    weights = trainable_parameters(policy.model)
+    share = min(1.0, _WEIGHTS_WATCHED / max(1, sum(own.numel() for own in weights)))
+    return [distributed.first_of(own, math.ceil(share * own.numel())).clone() for own in weights]
 
 
 def _share_moved(before: Sequence[Tensor], after: Sequence[Tensor]) -> Float[Tensor, " 1"]:
     """||after - before|| / ||before||, over all tensors together."""
     moved = torch.stack([(new - old).double().square().sum() for old, new in zip(before, after, strict=True)]).sum()
     size = torch.stack([old.double().square().sum() for old in before]).sum()
+    moved, size = distributed.sum_of(torch.stack([moved, size])).unbind()
     return (moved / size.clamp(min=1e-30)).sqrt().reshape(1)
 
 
@@ -141,21 +145,21 @@ def accumulate_gradient(
         # No part of the batch knows its loss. So the gradient is first taken with respect to the log-probabilities of
         # all tokens, from a pass without activations, and then carried through one microbatch at a time: exact.
         with torch.no_grad():
-            first_pass = TokenLogps.join(
-                [policy.token_logps(batch, with_collisions=with_collisions) for batch in batches]
-            )
+            first_pass = TokenLogps.join(policy.score_all(batches, with_collisions=with_collisions))
         first_pass.logps.requires_grad_(True)
         (slope,) = torch.autograd.grad(mean_loss(whole, first_pass, whole_ref), first_pass.logps)
         slopes = slope.split([len(batch.target_ids) for batch in batches])
-    seen = []
-    for batch, ref, own_slope in zip(batches, refs, slopes, strict=True):
+    turns, scored_by_turn = distributed.turns(len(batches)), []
+    for turn in turns:
         stopping.check()
+        batch, ref, own_slope = batches[turn.place], refs[turn.place], slopes[turn.place]
         scored = policy.token_logps(batch, with_entropies=True, with_collisions=with_collisions)
         if own_slope is None:
-            mean_loss(batch, scored, ref).backward()
+            (mean_loss(batch, scored, ref) * turn.counts).backward()
         else:
-            scored.logps.backward(own_slope)
-        seen.append(scored.detached())
+            scored.logps.backward(own_slope * turn.counts)
+        scored_by_turn.append(scored.detached())
+    seen = gathered_logps(turns, scored_by_turn, batches)
     with torch.no_grad():
         logps = logps_for(loss, whole, TokenLogps.join(seen), whole_ref, kl)
         losses = loss(logps)
