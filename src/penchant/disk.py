@@ -6,14 +6,17 @@ the old, or nothing, or the new. A crash can leave hidden files behind; `remove_
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import json
 import os
 import re
 import shutil
+import time
 import uuid
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -141,15 +144,29 @@ class GrowingLines:
         return True
 
 
+@dataclass(frozen=True)
+class Part:
+    """One of several processes that fill a folder together: its number, how many they are, and a word of theirs."""
+
+    number: int = 0
+    of: int = 1
+    word: str = ""
+
+
+ALONE = Part()
+"""The only process."""
+
+
 @contextmanager
-def new_folder(folder: Path) -> Iterator[Path]:
+def new_folder(folder: Path, part: Part = ALONE) -> Iterator[Path]:
     """A hidden folder to fill. When the block has ended well it is forced to the disk and becomes `folder`.
 
-    A folder that was there before is replaced. When the block fails nothing is left behind.
+    A folder that was there before is replaced. When the block fails nothing is left behind. Of several processes that
+    fill it together this is for the first; the others `give_part`, and it does `take_parts`.
     """
     make_folder(folder.parent)
-    unfinished = _hidden(folder)
-    unfinished.mkdir()
+    unfinished = _hidden(folder, part.word)
+    unfinished.mkdir(exist_ok=part.of > 1)
     try:
         with _system_errors():
             yield unfinished
@@ -163,6 +180,45 @@ def new_folder(folder: Path) -> Iterator[Path]:
         shutil.rmtree(unfinished, ignore_errors=True)
         raise
     sync(folder.parent)
+
+
+def give_part(folder: Path, part: Part, fill: Callable[[Path], None]) -> None:
+    """What all but the first of several processes do for a `new_folder`: each fills one of its own within.
+
+    Where one of them fails the whole folder is taken away, so that the first one learns of it, on a full disk too.
+    """
+    together = _hidden(folder, part.word)
+    unfinished = together / f".unfinished-{part.number}"
+    try:
+        make_folder(unfinished)
+        with _system_errors():
+            fill(unfinished)
+        for path in unfinished.iterdir():
+            sync(path)
+        sync(unfinished)
+        os.rename(unfinished, together / f".part-{part.number}")
+    except BaseException:
+        shutil.rmtree(together, ignore_errors=True)
+        raise
+
+
+def take_parts(unfinished: Path, part: Part, may_wait: Callable[[], bool]) -> None:
+    """Waits for the parts of the other processes, and moves their files to those of the first.
+
+    Raises:
+        OSError: one of them failed, or `may_wait()` says that it has been waited long enough.
+    """
+    for number in range(1, part.of):
+        given = unfinished / f".part-{number}"
+        while not given.exists():
+            if not unfinished.exists():
+                raise OSError(errno.EIO, "another process could not write its part")
+            if not may_wait():
+                raise OSError(errno.ETIMEDOUT, f"process {number} has not written its part")
+            time.sleep(0.01)
+        for path in given.iterdir():
+            os.rename(path, unfinished / path.name)
+        given.rmdir()
 
 
 def make_folder(folder: Path) -> None:
@@ -228,5 +284,5 @@ def _system_errors() -> Iterator[None]:
         raise OSError(int(told[1]), os.strerror(int(told[1]))) from error
 
 
-def _hidden(path: Path) -> Path:
-    return path.with_name(f".{path.name}{_UNFINISHED}{uuid.uuid4().hex[:8]}")
+def _hidden(path: Path, word: str = "") -> Path:
+    return path.with_name(f".{path.name}{_UNFINISHED}{word or uuid.uuid4().hex[:8]}")

@@ -12,19 +12,23 @@ Sums are the only way of telling: a process adds zeros where it knows nothing, w
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterator, Sequence
+import uuid
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
 from itertools import accumulate
 from typing import Any, TypeVar
+from weakref import WeakKeyDictionary
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import FSDPModule, fully_shard
-from torch.distributed.tensor import DTensor, distribute_tensor
+from torch.distributed.tensor import DTensor
+
+from penchant.disk import ALONE, Part
 
 T = TypeVar("T")
 
@@ -82,6 +86,11 @@ def sum_of(values: Tensor) -> Tensor:
     if _is_joined():
         dist.all_reduce(values)
     return values
+
+
+def part_of_all() -> Part:
+    """This process's part in filling a folder, under a word that all agree on; they ask together."""
+    return Part(world().rank, world().size, told_by_first(uuid.uuid4().hex[:8])) if _is_joined() else ALONE
 
 
 def any_of(flags: Sequence[bool], device: torch.device) -> list[bool]:
@@ -145,43 +154,137 @@ def gathered(turns: Sequence[Turn], values: Sequence[Sequence[Tensor]], lengths:
     return [[*piece.unbind()] for piece in sum_of(told).split(list(lengths), dim=1)]
 
 
-def shard(root: nn.Module, blocks: Sequence[nn.Module]) -> None:
-    """Splits the weights over all processes: each block as one unit, what is left with the root.
+class _Root(nn.Module):
+    """A model with one way in: what of it is sharded is whole within forward, and gradients find their way back."""
 
-    Only the root's forward finds embedding and head whole, so it must be what is called. A backward pass leaves the sum
-    of all processes' gradients, so losses are to be divided by what all of them have together.
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__()
+        self.model = model
+
+    def forward(self, work: Callable[[], Any]) -> Any:
+        return work()
+
+
+_ROOTS: WeakKeyDictionary[nn.Module, _Root] = WeakKeyDictionary()
+"""The way into each model that is sharded."""
+
+
+def shard(model: nn.Module, blocks: Sequence[nn.Module], device: torch.device) -> None:
+    """Splits a model's weights over all processes: each block as one unit, what is left as another.
+
+    They are moved to `device` unit by unit. From here on the model is used `within` alone. A backward pass leaves the
+    sum of all processes' gradients, so losses are to be divided by what all of them have together. Nothing happens
+    where there is one process, or where the model is sharded already.
     """
-    if not _is_joined():
+    if not _is_joined() or _root_of(model) is not None:
         return
-    device = next(root.parameters()).device.type
-    mesh = init_device_mesh(device, (dist.get_world_size(),))
+    mesh, root = init_device_mesh(device.type, (world().size,)), _Root(model)
     for unit in (*blocks, root):
         fully_shard(unit, mesh=mesh)
         assert isinstance(unit, FSDPModule)
         unit.set_gradient_divide_factor(1.0)
-        unit.set_force_sum_reduction_for_comms(True)
+        unit.set_force_sum_reduction_for_comms(True)  # gloo multiplies nothing while it sums
+    _ROOTS[model] = root
 
 
-def let_go(root: nn.Module) -> None:
-    """Behind a pass that no backward pass follows: what the root keeps whole for one is let go.
+def is_sharded(model: nn.Module) -> bool:
+    """Whether a model's weights are split over all processes."""
+    return _root_of(model) is not None
 
-    Else its parameters would be another set of tensors than those that an optimizer changes.
-    """
-    if isinstance(root, FSDPModule):
-        root.reshard()
+
+def plain_class(module: nn.Module) -> type[nn.Module]:
+    """The class of a module; of a unit of shards, the one that it had before."""
+    kind = type(module)
+    return kind.__mro__[2] if isinstance(module, FSDPModule) else kind
+
+
+def is_hook_of_shards(hook: Callable[..., Any]) -> bool:
+    """Whether a hook is one of those by which FSDP2 gathers weights."""
+    return hook.__module__.startswith("torch.distributed.")
+
+
+def within(model: nn.Module, work: Callable[[], T]) -> T:
+    """Does `work`, which calls a model or parts of it: all processes at once, if the model is sharded."""
+    root = _root_of(model)
+    if root is None:
+        return work()
+    done: T = root(work)
+    if not torch.is_grad_enabled():
+        # No backward pass will let go what the root keeps whole for one. Else its parameters would be another set of
+        # tensors than those that an optimizer changes.
+        root.reshard()  # type: ignore[operator]
+    return done
+
+
+def let_go(model: nn.Module) -> None:
+    """Behind a pass with gradients that no backward pass follows: what is still whole of a sharded model is let go."""
+    for part in model.modules() if is_sharded(model) else ():
+        if isinstance(part, FSDPModule):
+            part.reshard()
+    root = _root_of(model)
+    if root is not None:
+        root.reshard()  # type: ignore[operator]
 
 
 @contextmanager
-def gathered_weights(root: nn.Module) -> Iterator[None]:
-    """Within it the weights that a sharded root keeps for itself are whole, so that its parts may be called."""
-    if not isinstance(root, FSDPModule):
-        yield
-        return
-    root.unshard()
+def all_weights(model: nn.Module) -> Iterator[None]:
+    """Within it every process holds all of a model's weights, and uses it by itself; takes the memory for them."""
+    root = _root_of(model)
+    units = [part for part in root.modules() if isinstance(part, FSDPModule)] if root is not None else []
+    for unit in units:
+        unit.set_reshard_after_forward(False, recurse=False)
+        unit.unshard()
     try:
         yield
     finally:
-        root.reshard()
+        for unit in units:
+            unit.reshard()
+            unit.set_reshard_after_forward(unit is not root, recurse=False)
+
+
+def replicate_trained(model: nn.Module) -> None:
+    """Takes what is trained of a sharded model out of the shards: every process has all of it, alike.
+
+    For an adapter on a frozen model, whose few weights are not worth splitting; `sum_gradients` belongs to it.
+    """
+    if not is_sharded(model):
+        return
+    for part in model.modules():
+        for name, own in list(part.named_parameters(recurse=False)):
+            if own.requires_grad:
+                full = whole(own.detach()).clone()
+                dist.broadcast(full, 0)
+                setattr(part, name, nn.Parameter(full))
+
+
+def sum_gradients(parameters: Iterable[nn.Parameter]) -> None:
+    """Behind the backward passes of all processes: sums the gradients of what every process has all of."""
+    own = [one for one in parameters if not isinstance(one, DTensor)] if _is_joined() else []
+    for one in own:  # a gradient that one process lacks another one may have
+        one.grad = torch.zeros_like(one) if one.grad is None else one.grad
+    if own:
+        flat = sum_of(torch.cat([one.grad.flatten() for one in own]))  # type: ignore[union-attr]
+        for one, summed in zip(own, flat.split([one.numel() for one in own]), strict=True):
+            one.grad = summed.view_as(one)
+
+
+def clip_gradients(parameters: Sequence[nn.Parameter], max_norm: float) -> Tensor:
+    """Scales all gradients so that their norm together is at most `max_norm`; the norm before, in every process."""
+    kept = [here(one.grad) for one in parameters if one.grad is not None]
+    if not any(isinstance(one, DTensor) for one in parameters):
+        return nn.utils.clip_grad_norm_(parameters, max_norm)
+    is_split = torch.tensor([isinstance(one, DTensor) for one in parameters if one.grad is not None])
+    squares = torch.stack([own.norm().square() for own in kept])
+    is_split = is_split.to(squares.device)
+    norm = (sum_of((squares * is_split).sum()) + (squares * ~is_split).sum()).sqrt()
+    for own in kept:
+        own.mul_((max_norm / (norm + 1e-6)).clamp(max=1.0))
+    return norm
+
+
+def is_split(tensor: Tensor) -> bool:
+    """Whether each process keeps a part of a tensor."""
+    return isinstance(tensor, DTensor)
 
 
 def rows_here(tensor: Tensor) -> slice:
@@ -210,12 +313,18 @@ def whole(tensor: Tensor) -> Tensor:
     return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
 
 
-def like(value: Tensor, parameter: Tensor) -> Tensor:
-    """A tensor that all processes have in full, sharded as `parameter` is."""
-    if not isinstance(parameter, DTensor):
-        return value
-    here = value.to(parameter.device)
-    return distribute_tensor(here, parameter.device_mesh, parameter.placements, src_data_rank=None)
+def split_as(wanted: Tensor, rows: Tensor) -> Tensor:
+    """A tensor that is sharded as `wanted` is, from the rows of it that each process keeps."""
+    if not isinstance(wanted, DTensor):
+        return rows
+    own = rows.to(wanted.device)
+    mesh, placements = wanted.device_mesh, wanted.placements
+    return DTensor.from_local(own, mesh, placements, run_check=False, shape=wanted.shape, stride=wanted.stride())
+
+
+def _root_of(model: nn.Module) -> _Root | None:
+    """The way into a sharded model, which adapters may have wrapped meanwhile."""
+    return next((_ROOTS[part] for part in model.modules() if part in _ROOTS), None) if _is_joined() else None
 
 
 def _is_joined() -> bool:

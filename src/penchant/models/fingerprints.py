@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from penchant import distributed
 from penchant.models.attention import IMPLEMENTATION
 
 _NO_NUMBERS = {
@@ -23,7 +24,8 @@ def weights_sha256(model: nn.Module) -> str:
     digest = hashlib.sha256()
     for name, parameter in sorted(model.named_parameters()):
         digest.update(name.encode())
-        digest.update(parameter.detach().to("cpu", torch.float32).contiguous().numpy().tobytes())
+        full = distributed.whole(parameter.detach())  # one after another, so that no process holds them all
+        digest.update(full.to("cpu", torch.float32).contiguous().numpy().tobytes())
     return digest.hexdigest()
 
 
@@ -46,7 +48,9 @@ def architecture_sha256(model: nn.Module) -> str | None:
         "transformers": transformers.__version__,
         "config": _numbers_of(json.loads(config.to_json_string(use_diff=False))),
         "attention": attention,
-        "modules": [(name, str(type(module)), _own_numbers(module)) for name, module in model.named_modules()],
+        "modules": [
+            (name, str(distributed.plain_class(module)), _own_numbers(module)) for name, module in model.named_modules()
+        ],
         "buffers": {name: _content_sha256(buffer) for name, buffer in model.named_buffers()},
         "weights": {name: (str(weight.dtype), weight.shape) for name, weight in model.named_parameters()},
     }
@@ -82,8 +86,10 @@ def template_sha256(tokenizer: Any) -> str | None:
 
 def _is_plain(module: nn.Module) -> bool:
     """Whether a module runs the code of transformers or torch and no other."""
-    is_theirs = type(module).__module__.partition(".")[0] in ("torch", "transformers")
-    return is_theirs and not (module._forward_hooks or module._forward_pre_hooks or "forward" in vars(module))
+    hooks = [*module._forward_hooks.values(), *module._forward_pre_hooks.values()]
+    has_hooks = any(not distributed.is_hook_of_shards(hook) for hook in hooks)
+    is_theirs = distributed.plain_class(module).__module__.partition(".")[0] in ("torch", "transformers")
+    return is_theirs and not (has_hooks or "forward" in vars(module))
 
 
 def _numbers_of(settings: Any) -> Any:

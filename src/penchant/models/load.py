@@ -2,27 +2,33 @@
 
 from __future__ import annotations
 
+import copy
 import hashlib
 import os
 import re
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import torch
 from safetensors import SafetensorError
-from torch import Tensor, nn
+from torch import nn
 
 from penchant import distributed
-from penchant.disk import new_folder
+from penchant.disk import ALONE, Part, give_part, new_folder, take_parts
 from penchant.errors import UserError
+from penchant.models.gradient_checkpointing import layers_of
 from penchant.models.logps import evaluation_mode
 from penchant.models.trust import refuse_harm, refuse_old_versions
+from penchant.models.weights import Share, fill, fit, share_of_weights, weight_files, write_share
 
 
 def load_model_and_tokenizer(name: str, device: torch.device | str = "cpu") -> tuple[nn.Module, Any]:
     """A causal model with float32 weights and its tokenizer, dropout off.
+
+    Where several processes work together each reads and keeps its share of the weights alone, unless they have to be
+    converted on the way; then it reads them all.
 
     Args:
         name: a local folder, a hub id, a `.gguf` file (converted once and kept in the cache folder), or a folder with
@@ -32,14 +38,16 @@ def load_model_and_tokenizer(name: str, device: torch.device | str = "cpu") -> t
         UserError: there is no such model, it is not a causal language model, or it would need code from strangers.
     """
     with _explained(name):
-        folder = _local_folder(name)  # with bars: this may be a download
+        folder = distributed.first_alone(lambda: _local_folder(name))  # with bars: this may be a download
         with _without_bars():
-            model, tokenizer = (
-                _merged_adapter(folder) if _is_adapter(folder) else (_complete_model(folder), _tokenizer(folder))
-            )
+            if _is_adapter(folder):
+                model, tokenizer = _merged_adapter(folder)
+            else:
+                model, tokenizer = _sharded_model(folder, device) or _complete_model(folder), _tokenizer(folder)
     _require_end(tokenizer, name)
     disable_dropout(model)
-    model = model.to(device)
+    if not distributed.is_sharded(model):
+        model = model.to(device)
     if not _is_causal(model):
         raise UserError(f"model: '{name}' is no causal language model: its predictions depend on later tokens.")
     return model, tokenizer
@@ -78,23 +86,39 @@ def disable_dropout(model: nn.Module) -> None:
                 setattr(part, name, 0.0)
 
 
-def save_model(model: Any, tokenizer: Any, folder: Path, weights: dict[str, Tensor] | None = None) -> None:
+def save_model(
+    model: Any, tokenizer: Any, folder: Path, part: Part = ALONE, may_wait: Callable[[], bool] = lambda: True
+) -> None:
     """Writes model (or peft adapter) and tokenizer so that transformers (or peft) loads them; safetensors only.
 
-    The folder appears whole or not at all. `weights` (by name) stand in for the model's own.
+    The folder appears whole or not at all. Several processes do it together, each with its `part`; the first waits for
+    the others while `may_wait()`.
     """
-    with new_folder(folder) as unfinished:
-        write_model(model, tokenizer, unfinished, weights)
-        for path in (unfinished, *unfinished.iterdir()):
+    weights = share_of_weights(model, copy=False, among=part.of)
+
+    def fill(own: Path) -> None:
+        write_model(model, tokenizer, own, weights)
+        for path in (own, *own.iterdir()):
             path.chmod(0o755 if path.is_dir() else 0o644)  # what libraries write may be private
 
+    if part.number:
+        give_part(folder, part, fill)
+        return
+    with new_folder(folder, part) as unfinished:
+        fill(unfinished)
+        take_parts(unfinished, part, may_wait)
 
-def write_model(model: Any, tokenizer: Any, folder: Path, weights: dict[str, Tensor] | None = None) -> None:
-    """Writes into an existing folder what `save_model` writes; `weights` (by name) stand in for the model's own."""
-    with _without_bars():
-        # transformers empties the dictionary that it is given
-        model.save_pretrained(folder, state_dict=None if weights is None else dict(weights))
-    tokenizer.save_pretrained(folder)
+
+def write_model(model: Any, tokenizer: Any, folder: Path, weights: Share) -> None:
+    """Writes into an existing folder this process's share of what `save_model` writes."""
+    is_first = distributed.world().is_first
+    if weights.among > 1:
+        write_share(model, weights, folder)
+    elif is_first:
+        with _without_bars():
+            model.save_pretrained(folder, state_dict=dict(weights.tensors))  # transformers empties what it is given
+    if is_first:
+        tokenizer.save_pretrained(folder)
 
 
 @torch.no_grad()
@@ -107,13 +131,15 @@ def load_weights(model: nn.Module, folder: Path) -> None:
     """
     refuse_harm(folder)
     if hasattr(model, "peft_config"):
-        from peft import get_peft_model_state_dict, load_peft_weights, set_peft_model_state_dict
+        from peft import load_peft_weights, set_peft_model_state_dict
 
-        own, saved = get_peft_model_state_dict(model), load_peft_weights(str(folder), device="cpu")
-        fitting = {name: distributed.like(value, own.get(name, value)) for name, value in saved.items()}
-        found = set_peft_model_state_dict(model, fitting)
+        found = set_peft_model_state_dict(model, load_peft_weights(str(folder), device="cpu"))
         if found.unexpected_keys:
             raise ValueError(f"it holds {found.unexpected_keys[0]}, which the model does not have")
+        return
+    files = weight_files(folder)
+    if fit(files, model):
+        fill(model, files)
         return
     with _without_bars():
         own_dtype = next(model.parameters()).dtype
@@ -124,7 +150,7 @@ def load_weights(model: nn.Module, folder: Path) -> None:
         raise ValueError(f"it lacks {min(report['missing_keys'])}")
     weights = dict(saved.named_parameters())
     for name, parameter in model.named_parameters():
-        parameter.copy_(distributed.like(weights[name], parameter))
+        distributed.here(parameter).copy_(weights[name][distributed.rows_here(parameter)])
 
 
 def has_to_be_converted(name: str) -> bool:
@@ -243,6 +269,54 @@ def _complete_model(folder: Path, **where: Any) -> Any:
     return model
 
 
+def copy_of_model(model: Any) -> nn.Module:
+    """A model of the same weights that shares none of them, sharded where the other one is.
+
+    Raises:
+        UserError: it is sharded, and has an adapter or is none of transformers' models.
+    """
+    if not distributed.is_sharded(model):
+        return copy.deepcopy(model)
+    if hasattr(model, "peft_config") or not hasattr(type(model), "_from_config"):
+        raise UserError("reference.kind: several processes copy plain transformers models only; say auto.")
+    twin = _unfilled(lambda: type(model)._from_config(copy.deepcopy(model.config), dtype=torch.float32))
+    disable_dropout(twin)
+    distributed.shard(twin, layers_of(twin), next(model.parameters()).device)
+    with torch.no_grad():
+        for own, value in zip(twin.parameters(), model.parameters(), strict=True):
+            distributed.here(own).copy_(distributed.here(value))
+    return twin
+
+
+def _sharded_model(folder: Path, device: torch.device | str) -> Any | None:
+    """A causal model of which each process has read its share; None where there is one process, or no other way than
+    to read them all."""
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    if distributed.world().size == 1:
+        return None
+    config = AutoConfig.from_pretrained(str(folder), trust_remote_code=False)
+    model = _unfilled(lambda: AutoModelForCausalLM.from_config(config, dtype=torch.float32))
+    files = weight_files(folder)
+    if not fit(files, model):
+        return None
+    distributed.shard(model, layers_of(model), torch.device(device))
+    fill(model, files)
+    if (folder / "generation_config.json").exists():
+        model.generation_config = type(model.generation_config).from_pretrained(str(folder))
+    return model.eval()
+
+
+def _unfilled(make: Callable[[], Any]) -> Any:
+    """A model whose weights nobody has touched: until somebody does they take no memory."""
+    from transformers.initialization import no_init_weights
+
+    with no_init_weights():
+        model = make()
+    model.tie_weights()
+    return model
+
+
 @contextmanager
 def _explained(name: str) -> Iterator[None]:
     """Within it, whatever keeps a model from being loaded becomes a UserError."""
@@ -311,7 +385,7 @@ def _is_causal(model: nn.Module) -> bool:
     """Whether what stands last changes nothing before it (a BERT loads as a causal model, too)."""
     ids = torch.tensor([[3, 4, 5, 1], [3, 4, 5, 2]], device=next(model.parameters()).device)
     with evaluation_mode(model):
-        one, other = model(input_ids=ids, use_cache=False).logits[:, :-1]
+        one, other = distributed.within(model, lambda: model(input_ids=ids, use_cache=False).logits)[:, :-1]
     return torch.allclose(one, other, rtol=1e-3, atol=1e-3)
 
 

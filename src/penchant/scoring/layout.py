@@ -4,9 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
+from torch import nn
 
+from penchant import distributed
 from penchant.data.loader import microbatches
 from penchant.errors import UserError
 from penchant.layouts import packed, padded, prefix_shared
@@ -104,13 +107,25 @@ def trouble_with(layout: Layout, policy: Policy, examples: Sequence[TokenizedExa
 
 
 def _scores(policy: Policy, batch: Batch) -> tuple[torch.Tensor, torch.Tensor]:
-    """Token log-probabilities, and the gradient of their sum in the input embeddings."""
-    weight = policy.model.get_input_embeddings().weight  # type: ignore[operator]
-    was_trained = weight.requires_grad
-    weight.requires_grad_(True)
+    """Token log-probabilities, and the gradient of their sum in the embedding of each token that occurs."""
+    embedded: list[torch.Tensor] = []
+
+    def begin_here(module: nn.Module, args: Any, output: torch.Tensor) -> torch.Tensor:
+        embedded.append(output.detach().requires_grad_())
+        return embedded[-1]
+
+    hook = policy.model.get_input_embeddings().register_forward_hook(begin_here)  # type: ignore[operator]
     try:
         logps = policy.token_logps(batch).logps
-        (gradient,) = torch.autograd.grad(logps.sum(), weight)
+        (slopes,) = torch.autograd.grad(logps.sum(), embedded[-1:])
     finally:
-        weight.requires_grad_(was_trained)
-    return logps.detach(), gradient
+        hook.remove()
+        distributed.let_go(policy.model)
+    occurring = sorted(
+        {token for one in batch.examples for ids in (one.prompt_ids, *one.completion_ids) for token in ids}
+    )
+    known = torch.tensor(occurring, device=slopes.device)
+    ids = batch.model_inputs["input_ids"].to(slopes.device).flatten()  # also what fills rows up, which has no gradient
+    places = torch.searchsorted(known, ids).clamp(max=len(known) - 1)
+    shares = slopes.flatten(0, -2) * (known[places] == ids)[:, None]
+    return logps.detach(), slopes.new_zeros(len(known), slopes.shape[-1]).index_add(0, places, shares)

@@ -37,17 +37,6 @@ def gathered_logps(
     return [TokenLogps(*[None if column is None else next(piece) for column in columns[0]]) for piece in pieces]  # type: ignore[arg-type]
 
 
-class _Root(nn.Module):
-    """Model and value head as one module with one way in: sharded weights are whole within its forward."""
-
-    def __init__(self, model: nn.Module, value_head: nn.Module | None) -> None:
-        super().__init__()
-        self.model, self.value_head = model, value_head
-
-    def forward(self, work: Callable[[], tuple[Tensor | None, ...]]) -> tuple[Tensor | None, ...]:
-        return work()
-
-
 class Policy:
     """A causal language model that scores and answers.
 
@@ -63,7 +52,8 @@ class Policy:
         self.model = model
         self.tokenizer = tokenizer
         self.precision = precision
-        self._root = _Root(model, value_head)
+        self.value_head = value_head
+        """Maps hidden states (M, D) to what is expected to come (M, 1)."""
 
     @classmethod
     def from_pretrained(
@@ -75,15 +65,6 @@ class Policy:
             UserError: the model cannot be loaded.
         """
         return cls(*load_model_and_tokenizer(model, device), precision)
-
-    @property
-    def value_head(self) -> nn.Module | None:
-        """Maps hidden states (M, D) to what is expected to come (M, 1)."""
-        return self._root.value_head
-
-    @value_head.setter
-    def value_head(self, head: nn.Module | None) -> None:
-        self._root.value_head = head
 
     @property
     def device(self) -> torch.device:
@@ -104,9 +85,9 @@ class Policy:
         """Log-probabilities of the scored tokens of a batch, in nats, and what the value head says of them."""
         with self._arithmetic():
             here = batch.to(self.device)
-            scored = self._root(lambda: self._score(here, with_entropies, with_collisions).as_tuple())
-        if not torch.is_grad_enabled():
-            distributed.let_go(self._root)
+            scored: tuple[Any, ...] = distributed.within(
+                self.model, lambda: self._score(here, with_entropies, with_collisions).as_tuple()
+            )
         return TokenLogps(*scored)
 
     def _score(self, batch: Batch, with_entropies: bool, with_collisions: bool) -> TokenLogps:
@@ -132,7 +113,7 @@ class Policy:
 
     def shard(self) -> None:
         """Splits the weights over all processes that work together; does nothing where this is the only one."""
-        distributed.shard(self._root, layers_of(self.model))
+        distributed.shard(self.model, layers_of(self.model), self.device)
 
     def log_prob(self, prompts: Sequence[Text], completions: Sequence[Text]) -> Float[Tensor, " N"]:
         """log pi(completion | prompt) of N texts: the sum over the completion's tokens and its end token, in nats.
@@ -174,7 +155,7 @@ class Policy:
         encoded = [encode(self.tokenizer, prompt, ["."]) for prompt in prompts]
         prompt_ids = [ids for ids, _ in encoded]
         end_ids = {self.tokenizer.eos_token_id, *(answer[-1] for _, (answer,) in encoded)}
-        with self._arithmetic(), distributed.gathered_weights(self._root):
+        with self._arithmetic(), distributed.all_weights(self.model):
             samples = generate(
                 self.model,
                 prompt_ids,

@@ -6,7 +6,6 @@ that the layout and the methods that need more than a sum stay free; `scoring.re
 
 from __future__ import annotations
 
-import copy
 import hashlib
 import time
 from abc import ABC, abstractmethod
@@ -17,11 +16,12 @@ from itertools import islice
 import numpy as np
 import torch
 from jaxtyping import Float
-from torch import Tensor, nn
+from torch import Tensor
 
 from penchant import distributed
 from penchant.errors import UserError
 from penchant.models.adapters import adapter_off
+from penchant.models.load import copy_of_model
 from penchant.scoring.logps_store import LogpsStore
 from penchant.scoring.policy import Policy
 from penchant.types import Batch, TokenizedExample
@@ -63,13 +63,11 @@ class FrozenModel(Reference):
     @classmethod
     def copy_of(cls, policy: Policy, offload: bool = False) -> FrozenModel:
         """A copy of the very weights in hand. With `offload` it lives in host memory and visits the device to score."""
-        model: nn.Module = copy.deepcopy(policy.model)
-        return cls(Policy(model, policy.tokenizer, policy.precision), is_start_of_policy=True, offload=offload)
-
-    def sharded(self) -> FrozenModel:
-        """The same, its weights split over all processes that work together."""
-        self._scorer.shard()
-        return self
+        return cls(
+            Policy(copy_of_model(policy.model), policy.tokenizer, policy.precision),
+            is_start_of_policy=True,
+            offload=offload,
+        )
 
     @torch.no_grad()
     def token_logps(self, batches: Sequence[Batch]) -> list[Float[Tensor, " M"]]:

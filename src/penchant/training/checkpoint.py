@@ -9,20 +9,25 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 import re
 import threading
+import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from penchant.disk import new_folder, remove_folder, sha256_of, write_text
+from penchant.disk import ALONE, Part, give_part, new_folder, remove_folder, sha256_of, take_parts, write_text
 from penchant.errors import UserError
 
 FORMAT = 1
 """Version of what a checkpoint folder holds. Whoever changes it adds the way from the older one."""
 
 MANIFEST = "manifest.json"
+_LISTING = "listing-"
+
+_SECONDS_TO_HURRY = 10.0
 
 Report = Callable[[str], None]
 """Is told of each checkpoint that was passed over, in a sentence."""
@@ -47,24 +52,54 @@ class DamagedError(Exception):
     """Why a folder is no whole checkpoint."""
 
 
-def write_checkpoint(folder: Path, step: int, facts: dict[str, Any], fill: Callable[[Path], None]) -> Path:
+def write_checkpoint(
+    folder: Path,
+    step: int,
+    facts: dict[str, Any],
+    fill: Callable[[Path], None],
+    part: Part = ALONE,
+    may_wait: Callable[[], bool] = lambda: True,
+) -> Path:
     """Commits the checkpoint `folder/step-N` with the files that `fill` writes into the folder it is given.
+
+    Of several processes each is called with its `part`, writes its files and hashes them; the first one waits for the
+    others, while `may_wait()`, and commits.
 
     Raises:
         OSError: the disk is full or fails; then there is no such checkpoint, and the others are as they were.
     """
     place = folder / f"step-{step}"
-    with new_folder(place) as unfinished:
+
+    def fill_and_list(own: Path) -> None:
+        fill(own)
+        write_text(own / f"{_LISTING}{part.number}", json.dumps(_listed(own)))
+
+    if part.number:
+        give_part(place, part, fill_and_list)
+        return place
+    with new_folder(place, part) as unfinished:
         fill(unfinished)
-        files = sorted(path for path in unfinished.rglob("*") if path.is_file())
-        for path in (unfinished, *unfinished.rglob("*")):
-            path.chmod(0o755 if path.is_dir() else 0o644)  # what libraries write may be private
-        listed = {
-            str(path.relative_to(unfinished)): {"bytes": path.stat().st_size, "sha256": sha256_of(path)}
-            for path in files
-        }
+        listed = _listed(unfinished)
+        take_parts(unfinished, part, may_wait)
+        for listing in unfinished.glob(f"{_LISTING}*"):
+            listed |= json.loads(listing.read_text(encoding="utf-8"))
+            listing.unlink()
         write_text(unfinished / MANIFEST, _sealed({"format": FORMAT, "step": step, **facts, "files": listed}))
     return place
+
+
+def _listed(folder: Path) -> dict[str, Any]:
+    """Size and hash of the files in a folder, which are readable for all behind it."""
+    folder.chmod(0o755)  # what libraries write may be private
+    files = {}
+    for path in sorted(folder.rglob("*")):
+        name = str(path.relative_to(folder))
+        if name.startswith("."):  # another process is filling it
+            continue
+        path.chmod(0o755 if path.is_dir() else 0o644)
+        if path.is_file():
+            files[name] = {"bytes": path.stat().st_size, "sha256": sha256_of(path)}
+    return files
 
 
 def read_checkpoint(folder: Path) -> Checkpoint:
@@ -150,6 +185,7 @@ class Writer:
     def __init__(self) -> None:
         self._thread: threading.Thread | None = None
         self._failure: BaseException | None = None
+        self._latest = math.inf
 
     def start(self, write: Callable[[], None], in_background: bool) -> None:
         """Begins to write, after the one before is done; what failed then is raised by `wait` or by the next start."""
@@ -171,6 +207,14 @@ class Writer:
         if self._failure is not None:
             failure, self._failure = self._failure, None
             raise failure
+
+    def may_wait(self) -> bool:
+        """Whether what is being written may wait for other processes."""
+        return time.monotonic() < self._latest
+
+    def hurry(self) -> None:
+        """Has it wait for other processes for some seconds more: some of them may be gone."""
+        self._latest = time.monotonic() + _SECONDS_TO_HURRY
 
     @property
     def is_busy(self) -> bool:

@@ -9,6 +9,7 @@ from dataclasses import dataclass, replace
 import numpy as np
 import torch
 
+from penchant import distributed
 from penchant.data.flat import num_tokens_of
 from penchant.models.gradient_checkpointing import num_checkpointed_layers
 from penchant.models.logps import evaluation_mode
@@ -49,6 +50,7 @@ def measure(policy: Policy, layout: Layout, examples: Sequence[TokenizedExample]
         shorter = _shortened(typical)
         by_shorter = _held_bytes(policy, layout.collate([shorter]).to(policy.device))
         fixed = held - (held - by_shorter) / (num_tokens - layout.cost([shorter])) * num_tokens
+    distributed.let_go(policy.model)
     return Speed(_seconds(policy, batch) / num_tokens, (held - fixed) / num_tokens, max(0, round(fixed)))
 
 

@@ -79,6 +79,7 @@ class Training:
     """A run between its first and its last step; `run` goes on from wherever it is.
 
     `keep(steps=..., examples_seen=...)` is called whenever metrics are written. `extras` are kept in every checkpoint.
+    `checkpoints` is where those go, if not into `run_dir`: several processes fill one folder together.
     `started` is when this attempt began, by `time.monotonic()`.
     """
 
@@ -91,10 +92,11 @@ class Training:
         keep: Callable[..., None],
         extras: dict[str, Any],
         started: float,
+        checkpoints: Path | None = None,
     ) -> None:
         self.setup, self.reference, self.log, self.run_dir = setup, reference, log, run_dir
         self.keep, self.extras = keep, extras
-        self.checkpoints = run_dir / CHECKPOINTS
+        self.checkpoints = checkpoints or run_dir / CHECKPOINTS
         self.optimizer = make_optimizer(setup.policy.model, setup.config, setup.policy.value_head)
         self.progress, self.window, self.spikes = Progress(), Window(), Spikes()
         self.watchman, self.suspects = Watchman(setup, log), Suspects()
@@ -161,8 +163,7 @@ class Training:
         A disk that is full or fails is told and ends nothing.
         """
         self.finish_writing()
-        (is_there,) = distributed.any_of([self._saved_step == self.progress.step], self.setup.policy.device)
-        if is_there:
+        if distributed.told_by_first(self._saved_step == self.progress.step):
             return
         policy, config, progress = self.setup.policy, self.setup.config, self.progress
         progress.time_s = round(self.elapsed_s, 3)
@@ -180,16 +181,17 @@ class Training:
         for log in ("metrics.jsonl", "events.jsonl"):
             if (self.run_dir / log).exists():
                 sync(self.run_dir / log)  # a loss of power must not leave the log behind the checkpoint
-        snapshot = take_snapshot(policy, self.optimizer, facts, copy=in_background)  # which all processes take together
+        snapshot = take_snapshot(policy, self.optimizer, facts, copy=in_background)
         step, best, folder = progress.step, progress.best_step if config.save_best else None, self.checkpoints
+        told = {"versions": self.extras.get("versions", {}), "processes": distributed.world().size}
+        part, may_wait = distributed.part_of_all(), self._writer.may_wait
 
         def write() -> None:
-            write_checkpoint(folder, step, {"versions": self.extras.get("versions", {})}, snapshot.write)
-            rotate(folder, config.keep_checkpoints, best)
+            write_checkpoint(folder, step, told, snapshot.write, part, may_wait)
+            if not part.number:
+                rotate(folder, config.keep_checkpoints, best)
 
         self._saved_step, self._saved_at = step, time.monotonic()
-        if not distributed.world().is_first:
-            return
         try:
             self._writer.start(write, in_background)
         except OSError as error:
@@ -263,6 +265,8 @@ class Training:
 
     def _record(self, values: dict[str, float | None]) -> None:
         step = self.progress.step
+        # What processes do not know alike is speed; what follows from the rest all must decide alike.
+        values = distributed.told_by_first(values)
         stamp = {"step": step, "epoch": round(step / self.setup.steps_per_epoch, 4)}
         self.log.metrics({**stamp, "time_s": round(self.elapsed_s, 3), **values})
         self.watchman.look({**stamp, **values})
@@ -319,7 +323,7 @@ class Training:
         if is_due:
             # Beside the training a copy of the state is written, which needs its memory.
             free = hardware.available_memory_bytes()
-            size = expected_checkpoint_bytes(self.setup.policy, config)
+            size = expected_checkpoint_bytes(self.setup.policy, config) / distributed.world().size
             self.save(in_background=size < _SHARE_OF_FREE_MEMORY * free)
 
     def _stop_together(self) -> None:
@@ -332,6 +336,10 @@ class Training:
             signum = stopping.request()
             if any(distributed.any_of([signum is not None], self.setup.policy.device)):
                 raise stopping.StopRequested(signum or signal.SIGTERM)
+
+    def hurry(self) -> None:
+        """Behind an error: other processes may be gone, so nothing waits for them any more."""
+        self._writer.hurry()
 
     def finish_writing(self) -> None:
         """Waits for the checkpoint that is being written beside the training."""

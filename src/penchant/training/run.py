@@ -145,7 +145,7 @@ def execute(
                 goes_on = check_run_dir(run_dir, overwrite)  # again: whoever held the lock may have come to an end
             checkpoint = _checkpoint_of(run_dir, log) if goes_on else None
         goes_on, checkpoint = distributed.told_by_first((goes_on, checkpoint))
-        setup = distributed.first_alone(lambda: _set_up(config, log, data, eval_data, policy, judge, shared))
+        setup = _set_up(config, log, data, eval_data, policy, judge, shared)
         refuse_what_processes_cannot(setup, me.size)
         describe(setup, log)  # the others too, in silence: what is tried on the way all must have tried
         current = fingerprint(setup)
@@ -178,7 +178,7 @@ def execute(
             trackers = tracking(run_dir, config.trackers, lambda told, step: log.event("warn", "tracker", told, step))
             log.after_metrics = held.enter_context(trackers).look
         goes_past_stop = distributed.told_by_first(goes_past_stop)
-        run = Session(setup, log, books, current, checkpoint, summary, started, goes_past_stop)
+        run = Session(setup, log, books, current, checkpoint, summary, started, goes_past_stop, run_dir)
         run.complete()
     return RunResult(run_dir, run.summary)
 

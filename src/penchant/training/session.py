@@ -30,12 +30,12 @@ from penchant.training.describe import layout_sentence, num_parameters
 from penchant.training.identity import check_identity
 from penchant.training.judgements import write_judgements
 from penchant.training.logger import RunLog, count
-from penchant.training.loop import Progress, Training, forget_insurance
+from penchant.training.loop import CHECKPOINTS, Progress, Training, forget_insurance
 from penchant.training.online import OnlineSetup
 from penchant.training.resume import Fingerprint
 from penchant.training.rundir import read_summary
 from penchant.training.setup import Setup, make_reference
-from penchant.training.state import read_facts, weights_to_keep
+from penchant.training.state import read_facts
 from penchant.training.trouble import in_smaller_pieces
 from penchant.training.watchman import rounds_of
 from penchant.types import Text
@@ -54,9 +54,17 @@ class Session:
         summary: dict[str, Any],
         started: float,
         goes_past_stop: bool = False,
+        home: Path | None = None,
     ) -> None:
-        """`started` is what `time.monotonic()` said when this attempt began; the rest is that of `Training.resume`."""
-        self.goes_past_stop = goes_past_stop
+        """Takes a run up.
+
+        Args:
+            run_dir: where this process keeps its books.
+            started: what `time.monotonic()` said when this attempt began.
+            goes_past_stop: see `Training.resume`.
+            home: the run's directory, where it is another: all processes write model and checkpoints there together.
+        """
+        self.goes_past_stop, self.home = goes_past_stop, home or run_dir
         self.setup, self.log, self.run_dir, self.summary = setup, log, run_dir, summary
         self.fingerprint, self.checkpoint, self.started = fingerprint, checkpoint, started
         self.training: Training | None = None
@@ -95,7 +103,6 @@ class Session:
         facts = read_facts(self.checkpoint) if self.checkpoint else {}
         before = facts.get("answers_before") or _answers(setup, prompts, log, "before")
         reference = in_smaller_pieces(setup, log, 0, lambda: make_reference(setup, log))
-        setup.policy.shard()  # a copy for the reference has been made
         if reference is not None:
             self.keep(reference=reference.description)
             log.say("reference", reference.description)
@@ -106,7 +113,9 @@ class Session:
             "answers_before": before,
             "versions": self.summary["versions"],
         }
-        self.training = training = Training(setup, reference, log, run_dir, self.keep, extras, self.started)
+        self.training = training = Training(
+            setup, reference, log, run_dir, self.keep, extras, self.started, self.home / CHECKPOINTS
+        )
         if self.checkpoint:
             training.resume(self.checkpoint, self.goes_past_stop)
         training.run()
@@ -139,14 +148,11 @@ class Session:
         log.say("model", str(run_dir / "model"))
 
     def _save_model(self) -> None:
-        policy, place = self.setup.policy, self.run_dir / "model"
+        policy, place = self.setup.policy, self.home / "model"
         try:
-            weights = weights_to_keep(policy)  # which all processes put together
-            if distributed.world().is_first:
-                # Judges and servers read no adapters of reward models.
-                is_adapted = isinstance(policy, RewardLearner) and self.setup.config.lora.rank
-                model = policy.merged() if is_adapted else policy.model  # type: ignore[attr-defined]
-                save_model(model, policy.tokenizer, place, None if is_adapted else weights)
+            # Judges and servers read no adapters of reward models.
+            model = policy.merged() if isinstance(policy, RewardLearner) else policy.model
+            save_model(model, policy.tokenizer, place, distributed.part_of_all())
         except OSError as error:
             raise UserError(
                 f"output_dir: the trained model could not be written to '{place}' ({error.strerror or error}). Make "
@@ -168,6 +174,7 @@ class Session:
     def _fail(self, error: BaseException) -> None:
         """Keeps what failed, and a report of what there is."""
         if self.training is not None and not isinstance(error, KeyboardInterrupt):
+            self.training.hurry()
             self.training.finish_writing()  # the lock will be gone, and nothing may be written without it
         with suppress(OSError):  # a disk that is full may be the very thing that failed
             self.keep(status="interrupted" if isinstance(error, KeyboardInterrupt) else "failed")

@@ -146,7 +146,7 @@ def set_up(
     refuse_what_never_works(config, loss)
     source = _data_source(shared, config, loss, data, eval_data)
     policy = load_policy(config, log, (), policy, RewardLearner if "scores" in loss.needs else Policy)
-    datasets = source.datasets(policy.tokenizer, log)
+    datasets = distributed.first_alone(lambda: source.datasets(policy.tokenizer, log))
     architecture = architecture_sha256(policy.model)  # as it came: the layout may exchange its attention
     layout, base_sha256 = lay_out(policy, config, datasets.train.examples)
     return Setup(
@@ -206,6 +206,7 @@ def load_policy(
         note = " (converted on first use, which takes a minute)" if has_to_be_converted(config.model) else ""
         log.say("model", f"loading {config.model}{note}")
         policy = kind.from_pretrained(config.model, device, precision)
+    policy.shard()
     _choose_template(policy.tokenizer, config, prompts, log)
     return policy
 
@@ -221,6 +222,7 @@ def make_adapter(policy: Policy, config: RunConfig) -> Policy:
     lora = config.lora
     if lora.rank:
         adapted = add_lora(policy.model, lora.rank, lora.alpha or 2 * lora.rank, lora.target_modules)
+        distributed.replicate_trained(adapted)
         policy = type(policy)(adapted, policy.tokenizer, policy.precision)
     set_gradient_checkpointing(policy.model, config.gradient_checkpointing)
     return policy
@@ -243,9 +245,9 @@ def make_reference(setup: Setup, log: RunLog) -> Reference | None:
         if layout is not PADDED and (trouble := trouble_with(layout, source, setup.datasets.train.examples)):
             raise UserError(f"reference.model: does not fit the layout {layout.name}: {trouble}; set layout: padded.")
     if kind == "copy":
-        return FrozenModel.copy_of(policy, config.reference.offload).sharded()
+        return FrozenModel.copy_of(policy, config.reference.offload)
     if kind == "model":
-        return FrozenModel(source, is_start_of_policy=False, offload=config.reference.offload).sharded()
+        return FrozenModel(source, is_start_of_policy=False, offload=config.reference.offload)
     if not setup.datasets.train.examples[0].completion_ids:  # bare prompts: what is sampled is scored as it comes
         return Precomputed(LogpsCache(), is_start_of_policy=True)
     cache = _logps_cache(setup, source, weights, architecture)

@@ -3,19 +3,19 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
 from dataclasses import dataclass
-from pathlib import Path
+from pathlib import Path, PurePath
 from typing import Any
 
 import torch
-from safetensors.torch import load_file, save_file
-from torch import Tensor, nn
+from safetensors.torch import save_file
+from torch import Tensor
 
 from penchant import distributed
 from penchant.config import RunConfig
 from penchant.errors import UserError
 from penchant.models.load import load_weights, write_model
+from penchant.models.weights import Share, TensorFiles, part_name, share_of, share_of_weights
 from penchant.scoring.policy import Policy
 from penchant.training.checkpoint import Checkpoint, DamagedError
 from penchant.training.optim import trainable_parameters
@@ -23,45 +23,43 @@ from penchant.training.optim import trainable_parameters
 TENSORS, FACTS = "training.safetensors", "training.json"
 """The files of a checkpoint beside those of the model."""
 
-_VALUE_HEAD = "value_head."
+_VALUE_HEAD, _OPTIMIZER = "value_head.", "optimizer."
 
 
 @dataclass(frozen=True)
 class Snapshot:
-    """The state, ready to be written; as a copy, which later steps do not change, also while they run."""
+    """The state, ready to be written; as a copy, which later steps do not change, also while they run.
+
+    Of several processes each has its share of the tensors, and writes that.
+    """
 
     policy: Policy
-    weights: dict[str, Tensor]
+    weights: Share
     tensors: dict[str, Tensor]
     facts: dict[str, Any]
 
     def write(self, folder: Path) -> None:
         """Fills a checkpoint folder: the model, or its adapter, as transformers (or peft) loads it, and the rest."""
         write_model(self.policy.model, self.policy.tokenizer, folder, self.weights)
-        save_file(self.tensors, folder / TENSORS)
-        (folder / FACTS).write_text(json.dumps(self.facts, indent=1), encoding="utf-8")
+        if self.tensors:
+            save_file(self.tensors, folder / part_name(TENSORS, distributed.world().rank, distributed.world().size))
+        if distributed.world().is_first:
+            (folder / FACTS).write_text(json.dumps(self.facts, indent=1), encoding="utf-8")
 
 
 def take_snapshot(policy: Policy, optimizer: torch.optim.Optimizer, facts: dict[str, Any], copy: bool) -> Snapshot:
-    """The state as it stands, in host memory; `facts` is anything that JSON can hold."""
-
-    def kept(value: Tensor) -> Tensor:
-        own = value.detach()
-        full = distributed.whole(own)
-        return full.to("cpu", copy=copy and full is own).contiguous()
-
-    tensors = {f"optimizer.{name}": kept(value) for name, value in _moments(policy, optimizer).items()}
-    if policy.value_head is not None:  # beside the model, which others load
-        tensors |= {f"{_VALUE_HEAD}{name}": kept(value) for name, value in policy.value_head.state_dict().items()}
-    tensors["random.cpu"] = torch.get_rng_state()
-    if torch.cuda.is_available():
-        tensors |= {f"random.cuda.{i}": state for i, state in enumerate(torch.cuda.get_rng_state_all())}
-    return Snapshot(policy, _weights(policy.model, kept), tensors, {**facts, "optimizer": type(optimizer).__name__})
-
-
-def weights_to_keep(policy: Policy) -> dict[str, Tensor]:
-    """The weights of the model, or of its adapter, in full and in host memory."""
-    return _weights(policy.model, lambda value: distributed.whole(value.detach()).to("cpu").contiguous())
+    """The state as it stands, in host memory; `facts` is anything that JSON can hold. All processes do it together."""
+    moments, size = _moments(policy, optimizer), distributed.world().size
+    tensors = share_of({f"{_OPTIMIZER}{name}": value for name, value in moments.items()}, copy, size).tensors
+    if distributed.world().is_first:
+        if policy.value_head is not None:  # beside the model, which others load
+            head = policy.value_head.state_dict()
+            tensors |= {f"{_VALUE_HEAD}{name}": value.detach().to("cpu", copy=copy) for name, value in head.items()}
+        tensors["random.cpu"] = torch.get_rng_state()
+        if torch.cuda.is_available():
+            tensors |= {f"random.cuda.{i}": state for i, state in enumerate(torch.cuda.get_rng_state_all())}
+    weights = share_of_weights(policy.model, copy, size)
+    return Snapshot(policy, weights, tensors, {**facts, "optimizer": type(optimizer).__name__})
 
 
 def expected_checkpoint_bytes(policy: Policy, config: RunConfig) -> int:
@@ -79,26 +77,23 @@ def load_state(checkpoint: Checkpoint, policy: Policy, optimizer: torch.optim.Op
         UserError: the checkpoint is of another model than the one in hand.
         DamagedError: it lacks a file.
     """
-    for name in (TENSORS, FACTS):
-        if name not in checkpoint.facts["files"]:
+    written = [name for name in checkpoint.facts["files"] if PurePath(name).match("training*.safetensors")]
+    for name, is_there in ((TENSORS, written), (FACTS, FACTS in checkpoint.facts["files"])):
+        if not is_there:
             raise DamagedError(f"{checkpoint.folder} has no {name}")
-    tensors, facts = load_file(checkpoint.folder / TENSORS), read_facts(checkpoint)
+    tensors, facts = TensorFiles(checkpoint.folder / name for name in written), read_facts(checkpoint)
     try:
         load_weights(policy.model, checkpoint.folder)
         if policy.value_head is not None:
-            head = policy.value_head.state_dict()
-            saved = _without_prefix(tensors, _VALUE_HEAD)
-            policy.value_head.load_state_dict({name: distributed.like(saved[name], head[name]) for name in head})
+            names = policy.value_head.state_dict().keys()
+            policy.value_head.load_state_dict({name: tensors.read(f"{_VALUE_HEAD}{name}") for name in names})
         if facts["optimizer"] == type(optimizer).__name__:
-            _load_moments(
-                policy,
-                optimizer,
-                _without_prefix(tensors, "optimizer."),
-            )
+            _load_moments(policy, optimizer, tensors)
     except (KeyError, RuntimeError, ValueError) as error:
         raise UserError(f"{checkpoint.folder}: does not fit this model: {' '.join(str(error).split())}") from error
-    torch.set_rng_state(tensors["random.cpu"])
-    cuda = [tensors[f"random.cuda.{i}"] for i in range(torch.cuda.device_count()) if f"random.cuda.{i}" in tensors]
+    torch.set_rng_state(tensors.read("random.cpu"))
+    kept = [f"random.cuda.{i}" for i in range(torch.cuda.device_count())]
+    cuda = [tensors.read(name) for name in kept if name in tensors.names]
     if cuda and len(cuda) == torch.cuda.device_count():
         torch.cuda.set_rng_state_all(cuda)
     return facts
@@ -108,29 +103,6 @@ def read_facts(checkpoint: Checkpoint) -> dict[str, Any]:
     """What a checkpoint says beside its tensors."""
     facts: dict[str, Any] = json.loads((checkpoint.folder / FACTS).read_text(encoding="utf-8"))
     return facts
-
-
-def _weights(model: nn.Module, kept: Callable[[Tensor], Tensor]) -> dict[str, Tensor]:
-    """The weights that a checkpoint keeps: all, or of a model with an adapter the trained ones.
-
-    Tied weights stay one tensor, so that they are written once.
-    """
-    trained = {name for name, parameter in model.named_parameters() if parameter.requires_grad}
-    # Of two names of one tensor the state holds two views, so the parameters themselves are looked at.
-    owners = {name: id(parameter) for name, parameter in model.named_parameters(remove_duplicate=False)}
-    is_adapter = hasattr(model, "peft_config")
-    seen: dict[Any, Tensor] = {}
-    weights = {}
-    for name, value in model.state_dict().items():
-        if not is_adapter or name in trained:
-            owner = owners.get(name, name)
-            weights[name] = seen[owner] if owner in seen else seen.setdefault(owner, kept(value))
-    return weights
-
-
-def _without_prefix(tensors: dict[str, Tensor], prefix: str) -> dict[str, Tensor]:
-    """Those whose names begin so, by the rest of their names."""
-    return {name.removeprefix(prefix): tensor for name, tensor in tensors.items() if name.startswith(prefix)}
 
 
 def _names(policy: Policy) -> dict[int, str]:
@@ -147,14 +119,17 @@ def _moments(policy: Policy, optimizer: torch.optim.Optimizer) -> dict[str, Tens
     }
 
 
-def _load_moments(policy: Policy, optimizer: torch.optim.Optimizer, moments: dict[str, Tensor]) -> None:
+def _load_moments(policy: Policy, optimizer: torch.optim.Optimizer, tensors: TensorFiles) -> None:
     names = _names(policy)
     parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
     places = {names[id(parameter)]: place for place, parameter in enumerate(parameters)}
     state: dict[int, dict[str, Tensor]] = {}
-    for full_name, value in moments.items():
-        name, _, key = full_name.rpartition(":")
+    for full_name in sorted(name for name in tensors.names if name.startswith(_OPTIMIZER)):
+        name, _, key = full_name.removeprefix(_OPTIMIZER).rpartition(":")
         parameter = parameters[places[name]]
-        is_of_weights = value.shape == parameter.shape
-        state.setdefault(places[name], {})[key] = distributed.like(value, parameter) if is_of_weights else value
+        if tensors.shape(full_name) == tuple(parameter.shape):
+            value = distributed.split_as(parameter, tensors.read_like(full_name, parameter))
+        else:
+            value = tensors.read(full_name)
+        state.setdefault(places[name], {})[key] = value
     optimizer.load_state_dict({"state": state, "param_groups": optimizer.state_dict()["param_groups"]})

@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 
 import torch
 from jaxtyping import Float
-from torch import Tensor, nn
+from torch import Tensor
 
 from penchant import distributed, stopping
 from penchant.errors import UserError
@@ -68,7 +68,9 @@ def train_step(
     """
     try:
         mean_loss = accumulate_gradient(policy, reference, loss, batches, means, kl_batches, rewards)
-        grad_norm = distributed.whole(nn.utils.clip_grad_norm_(trainable_parameters(policy), max_grad_norm))
+        trained = trainable_parameters(policy)
+        distributed.sum_gradients(trained)
+        grad_norm = distributed.clip_gradients(trained, max_grad_norm)
         means.add("grad_norm", grad_norm.reshape(1))
         means.add("grad_clipped", (grad_norm > max_grad_norm).double().reshape(1))
         outcome = StepOutcome(mean_loss, grad_norm.item(), is_taken=False)

@@ -10,6 +10,7 @@ from typing import Any, TypeVar
 
 import torch
 
+from penchant import distributed
 from penchant.data.loader import Draw
 from penchant.disk import make_folder, write_json
 from penchant.errors import UserError
@@ -120,6 +121,11 @@ def in_smaller_pieces(setup: Setup, log: RunLog, step: int, work: Callable[[], T
             if not hardware.is_out_of_memory(error):
                 raise
             reason = str(error).splitlines()[0]
+            if distributed.world().size > 1:  # the others are in the middle of what this one cannot do
+                raise UserError(
+                    f"memory: process {distributed.world().rank} ran out of it ({reason}); several processes cannot "
+                    f"cut a batch smaller on the way: set microbatch_tokens below {setup.max_tokens}."
+                ) from error
         else:
             break
         # Here the error is gone, and with it the tensors that its traceback held.
