@@ -98,7 +98,7 @@ def save_model(
 
     def fill(own: Path) -> None:
         write_model(model, tokenizer, own, weights)
-        for path in (own, *own.iterdir()):
+        for path in (own, *own.glob("[!.]*")):  # not what other processes are filling
             path.chmod(0o755 if path.is_dir() else 0o644)  # what libraries write may be private
 
     if part.number:

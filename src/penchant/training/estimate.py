@@ -8,6 +8,7 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
+from torch import nn
 
 from penchant import distributed
 from penchant.data.flat import num_tokens_of
@@ -126,10 +127,10 @@ def _kept_bytes(policy: Policy, batch: Batch) -> int:
     kept: dict[int, int] = {}
 
     def count(tensor: torch.Tensor) -> torch.Tensor:
-        kept[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
+        if not isinstance(tensor if tensor._base is None else tensor._base, nn.Parameter):
+            kept[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
         return tensor
 
     with torch.autograd.graph.saved_tensors_hooks(count, lambda tensor: tensor):
         policy.token_logps(batch)
-    weights = {p.untyped_storage().data_ptr() for p in policy.model.parameters()}
-    return sum(size for pointer, size in kept.items() if pointer not in weights)
+    return sum(kept.values())
