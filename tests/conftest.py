@@ -39,6 +39,12 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--table", metavar="FILE", help="write the table of faults, as Markdown, to FILE")
 
 
+@pytest.fixture
+def full(request: pytest.FixtureRequest) -> bool:
+    """Whether every fault is tried (`make faults`), or a few of each kind."""
+    return bool(request.config.getoption("--full"))
+
+
 WORDS = "the a cat dog sat ran on under red blue mat tree what is one two three capital of France Paris yes no"
 WORDS = WORDS.split()
 CHAT_TEMPLATE = (

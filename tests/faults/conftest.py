@@ -38,12 +38,6 @@ def pytest_runtest_makereport(item: pytest.Item) -> Generator[None, pytest.TestR
 
 
 @pytest.fixture
-def full(request: pytest.FixtureRequest) -> bool:
-    """Whether every fault is tried (`make faults`), or a few of each kind."""
-    return bool(request.config.getoption("--full"))
-
-
-@pytest.fixture
 def matrix(request: pytest.FixtureRequest) -> Matrix:
     """The session's fault matrix."""
     return request.config.stash.setdefault(_MATRIX, Matrix())

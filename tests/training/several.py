@@ -54,13 +54,22 @@ def train_all(runs: Sequence[dict[str, Any]]) -> None:
             penchant.train(**run)
 
 
-def _live(rank: int, number: int, port: int, said_in: Path, work: Callable[..., None], arguments: tuple[Any, ...]) -> None:
+def _live(
+    rank: int, number: int, port: int, said_in: Path, work: Callable[..., None], arguments: tuple[Any, ...]
+) -> None:
     with said_in.open("w") as file:
         os.dup2(file.fileno(), 1)
         os.dup2(file.fileno(), 2)
     sys.stdout, sys.stderr = os.fdopen(1, "w", buffering=1), os.fdopen(2, "w", buffering=1)
     os.environ |= {
-        **{"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(number), "LOCAL_WORLD_SIZE": str(number)},
-        **{"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)},
+        "RANK": str(rank),
+        "LOCAL_RANK": str(rank),
+        "WORLD_SIZE": str(number),
+        "LOCAL_WORLD_SIZE": str(number),
+        "MASTER_ADDR": "127.0.0.1",
+        "MASTER_PORT": str(port),
     }
+    import torch
+
+    torch.set_num_threads(1)
     work(*arguments)
