@@ -25,10 +25,13 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.distributed_c10d import PrefixStore
 from torch.distributed.fsdp import FSDPModule, fully_shard
+from torch.distributed.rendezvous import rendezvous
 from torch.distributed.tensor import DTensor
 
 from penchant.disk import ALONE, Part
+from penchant.errors import UserError
 
 T = TypeVar("T")
 
@@ -58,6 +61,11 @@ def world() -> World:
     return _joined[-1] if _joined else World()
 
 
+def num_restarts() -> int:
+    """How often torchrun has started all processes again, because one of them had failed."""
+    return int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0"))
+
+
 def num_started() -> int:
     """How many processes torchrun has started; 1 without it."""
     return int(os.environ.get("WORLD_SIZE", "1"))
@@ -71,7 +79,11 @@ def joined() -> Iterator[World]:
         return
     if torch.cuda.is_available():
         torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
-    dist.init_process_group("nccl" if torch.cuda.is_available() else "gloo", timeout=PATIENCE)
+    # The store of torchrun's may outlive an attempt, and with it the addresses of processes that are gone.
+    store, rank, size = next(iter(rendezvous("env://", timeout=PATIENCE)))
+    attempt = PrefixStore(f"attempt-{num_restarts()}-of-{size}", store)
+    backend = "nccl" if torch.cuda.is_available() else "gloo"
+    dist.init_process_group(backend, store=attempt, rank=rank, world_size=size, timeout=PATIENCE)
     _joined.append(World(dist.get_rank(), dist.get_world_size()))
     try:
         yield world()
@@ -105,6 +117,30 @@ def told_by_first(value: T) -> T:
     told: list[Any] = [value]
     dist.broadcast_object_list(told)
     return told[0]
+
+
+def told_by_all(value: T) -> list[T]:
+    """What each process says, in their order, everywhere; any value of Python's."""
+    if not _is_joined():
+        return [value]
+    told: list[Any] = [None] * world().size
+    dist.all_gather_object(told, value)
+    return told
+
+
+def by_first(work: Callable[[], T]) -> T:
+    """What `work` gives in the first process, everywhere; or the UserError that it raises, everywhere."""
+    done: T | None = None
+    error: UserError | None = None
+    if world().is_first:
+        try:
+            done = work()
+        except UserError as raised:
+            error = raised
+    done, error = told_by_first((done, error))
+    if error is not None:
+        raise error
+    return done  # type: ignore[return-value]
 
 
 def first_alone(work: Callable[[], T]) -> T:
@@ -325,6 +361,11 @@ def split_as(wanted: Tensor, rows: Tensor) -> Tensor:
 def _root_of(model: nn.Module) -> _Root | None:
     """The way into a sharded model, which adapters may have wrapped meanwhile."""
     return next((_ROOTS[part] for part in model.modules() if part in _ROOTS), None) if _is_joined() else None
+
+
+def has_lost_others(error: BaseException) -> bool:
+    """Whether an error says that another process, or the way to it, is gone."""
+    return isinstance(error, dist.DistError) or (isinstance(error, RuntimeError) and "gloo" in str(error))
 
 
 def _is_joined() -> bool:

@@ -87,6 +87,10 @@ class Share:
     owners: dict[str, int]
     among: int
     """How many processes have one."""
+    second_names: set[str]
+    """Further names of tensors that have one already: tied weights."""
+    num_bytes: int
+    """Of all shares together."""
 
 
 @torch.no_grad()
@@ -112,7 +116,7 @@ def share_of(tensors: Mapping[str, Tensor], copy: bool, among: int) -> Share:
         full = distributed.whole(part)
         if owners[name] == me.rank:
             own[name] = full.to("cpu", copy=copy and full is part).contiguous()
-    return Share(own, owners, among)
+    return Share(own, owners, among, owners.keys() - first_names.values(), before)
 
 
 def share_of_weights(model: nn.Module, copy: bool, among: int) -> Share:
@@ -134,9 +138,12 @@ def part_name(name: str, number: int, of: int) -> str:
 
 
 def write_share(model: Any, weights: Share, folder: Path) -> None:
-    """Writes a share of a transformers model's weights; the first process also writes index and settings."""
+    """Writes a share of a transformers model's weights; the first process also writes index and settings.
+
+    Of the model itself it reads the settings alone, for a step may be going on with it meanwhile.
+    """
     me, file_of = distributed.world(), {}
-    ignored = {*(getattr(model, "_keys_to_ignore_on_save", None) or ()), *_second_names(model)}
+    ignored = {*(getattr(model, "_keys_to_ignore_on_save", None) or ()), *weights.second_names}
     for name, owner in weights.owners.items():
         if name not in ignored:
             file_of[name] = part_name("model.safetensors", owner, weights.among)
@@ -144,18 +151,12 @@ def write_share(model: Any, weights: Share, folder: Path) -> None:
     if own:
         save_file(own, folder / part_name("model.safetensors", me.rank, weights.among), metadata={"format": "pt"})
     if me.is_first:
-        total = sum(tensor.nbytes for name, tensor in model.state_dict().items() if name in file_of)
-        index = {"metadata": {"total_size": total}, "weight_map": dict(sorted(file_of.items()))}
+        index = {"metadata": {"total_size": weights.num_bytes}, "weight_map": dict(sorted(file_of.items()))}
         (folder / "model.safetensors.index.json").write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
         model.config.architectures = [type(model).__name__]
         model.config.save_pretrained(folder)
         if model.can_generate():
             model.generation_config.save_pretrained(folder)
-
-
-def _second_names(model: nn.Module) -> list[str]:
-    """Further names of tied weights."""
-    return [name for names, _ in _tensors(model).values() for name in names[1:]]
 
 
 def _is_stored_as_used(model: Any) -> bool:

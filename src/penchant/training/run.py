@@ -49,9 +49,15 @@ from penchant.training.rundir import (
     resolved_run_file,
 )
 from penchant.training.session import Session, first_summary
-from penchant.training.setup import Setup, refuse_what_processes_cannot, set_up
+from penchant.training.setup import Setup, set_up
 from penchant.training.shared import Shared
 from penchant.training.state import expected_checkpoint_bytes, read_facts
+from penchant.training.together import (
+    refuse_other_contents,
+    refuse_other_versions,
+    refuse_separate_disks,
+    refuse_what_processes_cannot,
+)
 
 
 @dataclass(frozen=True)
@@ -135,34 +141,36 @@ def execute(
     with distributed.joined() as me, stopping.listening(), stopping.held(me.size > 1), ExitStack() as held:
         if not me.is_first:
             log = RunLog(quiet=True)
-        run_dir = distributed.told_by_first(choose_run_dir(config))
+        refuse_other_versions()
+        run_dir = distributed.by_first(lambda: choose_run_dir(config))
         held.enter_context(explained(run_dir))
-        goes_on, is_new, checkpoint = False, False, None
-        if me.is_first:
+        if distributed.num_restarts():
+            overwrite = False  # what is there by now is what this very command has begun
+
+        def look() -> tuple[bool, bool, Checkpoint | None]:
             goes_on, is_new = check_run_dir(run_dir, overwrite), not run_dir.exists()
             if not is_new:
                 held.enter_context(locked(run_dir))
                 goes_on = check_run_dir(run_dir, overwrite)  # again: whoever held the lock may have come to an end
-            checkpoint = _checkpoint_of(run_dir, log) if goes_on else None
-        goes_on, checkpoint = distributed.told_by_first((goes_on, checkpoint))
+            return goes_on, is_new, _checkpoint_of(run_dir, log) if goes_on else None
+
+        goes_on, is_new, checkpoint = distributed.by_first(look)
         setup = _set_up(config, log, data, eval_data, policy, judge, shared)
-        refuse_what_processes_cannot(setup, me.size)
+        refuse_what_processes_cannot(setup)
         describe(setup, log)  # the others too, in silence: what is tried on the way all must have tried
         current = fingerprint(setup)
+        refuse_other_contents(current)
         changes = changes_since(read_facts(checkpoint)["fingerprint"], current) if checkpoint else {}
         check_allowed(allow_change, current, changes)
         if checkpoint and not was_allowed(run_dir, current):
             refuse_changes(changes, allow_change, run_dir, checkpoint.step)
-        # The first process keeps the books; the others have some of their own, which nobody reads.
-        books = run_dir if me.is_first else Path(held.enter_context(TemporaryDirectory(prefix="penchant-")))
-        summary, goes_past_stop = first_summary(setup) | {"processes": me.size}, False
-        if me.is_first:
+
+        def begin() -> tuple[dict[str, Any], bool]:
             _warn_of_little_room(setup, run_dir, log)
             if is_new:
                 held.enter_context(claimed(run_dir))
             open_run_dir(run_dir, keep=goes_on)
-            earlier = read_summary(run_dir) if goes_on else {}
-            goes_past_stop = earlier.get("status") == "stopped"
+            summary, earlier = first_summary(setup), read_summary(run_dir) if goes_on else {}
             if goes_on:
                 _cut_back(run_dir, checkpoint, setup)
                 summary["started"] = earlier.get("started", summary["started"])
@@ -177,7 +185,12 @@ def execute(
                 remember_allowed(run_dir, current)
             trackers = tracking(run_dir, config.trackers, lambda told, step: log.event("warn", "tracker", told, step))
             log.after_metrics = held.enter_context(trackers).look
-        goes_past_stop = distributed.told_by_first(goes_past_stop)
+            return summary, earlier.get("status") == "stopped"
+
+        summary, goes_past_stop = distributed.by_first(begin)
+        refuse_separate_disks(run_dir)
+        # The first process keeps the books; the others have some of their own, which nobody reads.
+        books = run_dir if me.is_first else Path(held.enter_context(TemporaryDirectory(prefix="penchant-")))
         run = Session(setup, log, books, current, checkpoint, summary, started, goes_past_stop, run_dir)
         run.complete()
     return RunResult(run_dir, run.summary)

@@ -9,6 +9,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from penchant import distributed
 from penchant.config import RunConfig
 from penchant.disk import is_leftover, make_folder, read_mapping, remove_leftovers
 from penchant.errors import UserError
@@ -84,6 +85,12 @@ def explained(run_dir: Path) -> Iterator[None]:
             "that and give the same command again: it goes on from the newest checkpoint, if there is one."
         ) from error
     except RuntimeError as error:
+        if distributed.has_lost_others(error):
+            raise UserError(
+                f"processes: process {distributed.world().rank} has lost the others "
+                f"({str(error).splitlines()[0][:200]}). One of them has ended, and says above why, or hangs, or the "
+                "network between them is cut. Give the same command again: it goes on from the newest checkpoint."
+            ) from error
         if not hardware.is_out_of_memory(error):
             raise
         raise UserError(

@@ -244,6 +244,7 @@ def first_summary(setup: Setup) -> dict[str, Any]:
         "rounds": rounds_of(setup),
         "examples_seen": 0,
         "working_directory": str(Path.cwd()),
+        "processes": distributed.world().size,
         "versions": {
             "python": platform.python_version(),
             **{package: version(package) for package in packages},

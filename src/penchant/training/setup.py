@@ -173,26 +173,6 @@ def refuse_what_never_works(config: RunConfig, loss: Loss) -> None:
     refuse_missing(config.trackers)
 
 
-def refuse_what_processes_cannot(setup: Setup, number: int) -> None:
-    """Stops where several processes are to do what only one can do so far.
-
-    Raises:
-        UserError: naming it.
-    """
-    if number == 1:
-        return
-    if setup.config.is_online:
-        raise UserError(
-            f"method: {setup.config.method_name()} samples in one process so far; start it without torchrun."
-        )
-    if setup.config.reference.offload:
-        raise UserError("reference.offload: several processes share the reference out instead; leave it out.")
-    if isinstance(setup.policy, RewardLearner) and setup.config.lora.rank:
-        raise UserError(
-            "lora: a reward model with an adapter is trained by one process so far; start it without torchrun."
-        )
-
-
 def load_policy(
     config: RunConfig, log: RunLog, prompts: Iterable[Text], policy: Policy | None, kind: type[Policy] = Policy
 ) -> Policy:
