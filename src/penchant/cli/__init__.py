@@ -10,6 +10,7 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 from penchant.cli import data, doctor, evaluating, online, showing, training
+from penchant.cli.training import is_one_of_several
 from penchant.config import option_names, parse_value
 from penchant.errors import UserError, nearest
 
@@ -29,12 +30,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
             raise UserError(f"there is no option '{unknown[0]}'{_nearest_option(unknown[0])}")
         if loss_settings and options.verb not in ("train", "resume"):
             raise UserError(f"settings of the loss belong to `penchant train`, not to `penchant {options.verb}`.")
-        if _is_one_of_several() and options.verb not in ("train", "resume"):
+        if is_one_of_several() and options.verb not in ("train", "resume"):
             raise UserError(f"`penchant {options.verb}` works in one process; start it without torchrun.")
         options.loss_settings = loss_settings
         return options.run(options)
     except UserError as error:
-        where = f"[process {os.environ['RANK']}] " if _is_one_of_several() else ""
+        where = f"[process {os.environ['RANK']}] " if is_one_of_several() else ""
         print(f"{where}error: {error}", file=sys.stderr)
         return error.exit_code
     except KeyboardInterrupt as stop:
@@ -43,11 +44,6 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except BrokenPipeError:  # whoever read the output has seen enough
         sys.stdout = None
         return 0
-
-
-def _is_one_of_several() -> bool:
-    """Whether torchrun has started more processes than this one."""
-    return int(os.environ.get("WORLD_SIZE", "1")) > 1
 
 
 def _parser() -> argparse.ArgumentParser:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -93,12 +94,19 @@ def _add_keys(parser: argparse.ArgumentParser) -> None:
     keys.add_argument("--stages.N.KEY", metavar="VALUE", help="a key for stage N alone of a run file with stages")
 
 
+def is_one_of_several() -> bool:
+    """Whether torchrun has started more processes than this one."""
+    return int(os.environ.get("WORLD_SIZE", "1")) > 1
+
+
 def _train(options: argparse.Namespace) -> int:
     overrides = _overrides(options)
     for path in options.imports:
         import_file(path)
     run_file = _run_file(options.run_file)
     stages = load_stages(run_file, overrides) if run_file else None
+    if is_one_of_several() and (stages or options.sweep or options.dry_run):
+        raise UserError("stages, --sweep, --dry-run: start them without torchrun; under it, one run at a time.")
     if options.sweep:
         if stages:
             raise UserError("--sweep: cannot go through a run file with stages.")
@@ -128,6 +136,8 @@ def _resume(options: argparse.Namespace) -> int:
 
     overrides = _overrides(options)
     if (options.run_dir / STAGES).exists():
+        if is_one_of_several():
+            raise UserError(f"{options.run_dir}: has stages; resume them without torchrun, or one stage at a time.")
         if overrides or options.allow_change:
             raise UserError(f"{options.run_dir}: has stages, which go on with the settings that they have.")
         stages = load_stages(str(options.run_dir / STAGES), {"output_dir": str(options.run_dir)})
@@ -136,6 +146,8 @@ def _resume(options: argparse.Namespace) -> int:
     if read_summary(options.run_dir).get("status") == "finished" and not overrides:
         from penchant.training.session import round_off
 
+        if os.environ.get("RANK", "0") != "0":
+            return 0
         round_off(options.run_dir)
         print(f"{options.run_dir} is finished; there is nothing to go on with.", file=sys.stderr)
         return 0
@@ -161,7 +173,7 @@ def _overrides(options: argparse.Namespace) -> dict[str, Any]:
 
 def _end(result: RunResult, as_json: bool) -> int:
     """What a command that trained leaves with: the summary if asked for, and the exit code."""
-    if as_json:
+    if as_json and os.environ.get("RANK", "0") == "0":
         print(json.dumps({"run_dir": str(result.run_dir), **result.summary}, ensure_ascii=False, indent=2))
     if result.summary["status"] == "stopped":
         return STOPPED_BY_THE_WATCH
