@@ -47,7 +47,7 @@ _ELSEWHERE = {
     "behind the last step": Fault("penchant.training.session:write_judgements"),
     "in the last answers": Fault("penchant.scoring.policy:Policy.generate", 2),
     "while the model is written": Fault(
-        "penchant.models.load:write_model", within="penchant.training.session:save_model"
+        "penchant.models.weights:write_model", within="penchant.training.session:save_model"
     ),
     "before the model is committed": Fault("os:rename", within="penchant.training.session:save_model"),
     "before the run counts as finished": Fault("penchant.training.session:save_model", returned=True),

@@ -21,7 +21,8 @@ from safetensors.torch import load_file
 
 from penchant.cli import main
 from penchant.data import chat
-from penchant.models.load import load_model_and_tokenizer, save_model
+from penchant.models.load import load_model_and_tokenizer
+from penchant.models.weights import save_model
 
 from ..training.test_run import rows, write_rows
 

@@ -19,8 +19,9 @@ from penchant.layouts.padded import collate
 from penchant.models import load
 from penchant.models.adapters import add_lora
 from penchant.models.fingerprints import weights_sha256
-from penchant.models.load import disable_dropout, load_model_and_tokenizer, load_weights, save_model
+from penchant.models.load import disable_dropout, load_model_and_tokenizer
 from penchant.models.logps import token_logps
+from penchant.models.weights import load_weights, save_model
 from penchant.types import Batch, TokenizedExample
 
 BATCH = collate([TokenizedExample([5, 9, 2, 31], ([7, 60, 8],), 0), TokenizedExample([11], ([4, 4, 12, 30, 2],), 1)])

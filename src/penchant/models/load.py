@@ -16,12 +16,11 @@ from safetensors import SafetensorError
 from torch import nn
 
 from penchant import distributed
-from penchant.disk import ALONE, Part, give_part, new_folder, take_parts
 from penchant.errors import UserError
 from penchant.models.gradient_checkpointing import layers_of
 from penchant.models.logps import evaluation_mode
 from penchant.models.trust import refuse_harm, refuse_old_versions
-from penchant.models.weights import Share, fill, fit, share_of_weights, weight_files, write_share
+from penchant.models.weights import fill, fit, save_model, weight_files, without_bars
 
 
 def load_model_and_tokenizer(name: str, device: torch.device | str = "cpu") -> tuple[nn.Module, Any]:
@@ -39,7 +38,7 @@ def load_model_and_tokenizer(name: str, device: torch.device | str = "cpu") -> t
     """
     with _explained(name):
         folder = distributed.first_alone(lambda: _local_folder(name))  # with bars: this may be a download
-        with _without_bars():
+        with without_bars():
             if _is_adapter(folder):
                 model, tokenizer = _merged_adapter(folder)
             else:
@@ -86,73 +85,6 @@ def disable_dropout(model: nn.Module) -> None:
                 setattr(part, name, 0.0)
 
 
-def save_model(
-    model: Any, tokenizer: Any, folder: Path, part: Part = ALONE, may_wait: Callable[[], bool] = lambda: True
-) -> None:
-    """Writes model (or peft adapter) and tokenizer so that transformers (or peft) loads them; safetensors only.
-
-    The folder appears whole or not at all. Several processes do it together, each with its `part`; the first waits for
-    the others while `may_wait()`.
-    """
-    weights = share_of_weights(model, copy=False, among=part.of)
-
-    def fill(own: Path) -> None:
-        write_model(model, tokenizer, own, weights)
-        for path in (own, *own.glob("[!.]*")):  # not what other processes are filling
-            path.chmod(0o755 if path.is_dir() else 0o644)  # what libraries write may be private
-
-    if part.number:
-        give_part(folder, part, fill)
-        return
-    with new_folder(folder, part) as unfinished:
-        fill(unfinished)
-        take_parts(unfinished, part, may_wait)
-
-
-def write_model(model: Any, tokenizer: Any, folder: Path, weights: Share) -> None:
-    """Writes into an existing folder this process's share of what `save_model` writes."""
-    is_first = distributed.world().is_first
-    if weights.among > 1:
-        write_share(model, weights, folder)
-    elif is_first:
-        with _without_bars():
-            model.save_pretrained(folder, state_dict=dict(weights.tensors))  # transformers empties what it is given
-    if is_first:
-        tokenizer.save_pretrained(folder)
-
-
-@torch.no_grad()
-def load_weights(model: nn.Module, folder: Path) -> None:
-    """Copies the weights that `write_model` wrote into the model (or adapter) in hand, to the bit.
-
-    Raises:
-        KeyError, ValueError, RuntimeError: they are those of another model.
-        UserError: the folder asks for code, as none that `write_model` wrote does.
-    """
-    refuse_harm(folder)
-    if hasattr(model, "peft_config"):
-        from peft import load_peft_weights, set_peft_model_state_dict
-
-        found = set_peft_model_state_dict(model, load_peft_weights(str(folder), device="cpu"))
-        if found.unexpected_keys:
-            raise ValueError(f"it holds {found.unexpected_keys[0]}, which the model does not have")
-        return
-    files = weight_files(folder)
-    if fit(files, model):
-        fill(model, files)
-        return
-    with _without_bars():
-        own_dtype = next(model.parameters()).dtype
-        saved, report = type(model).from_pretrained(  # type: ignore[attr-defined]
-            folder, dtype=own_dtype, use_safetensors=True, output_loading_info=True
-        )
-    if report["missing_keys"]:  # transformers has made them up
-        raise ValueError(f"it lacks {min(report['missing_keys'])}")
-    weights = dict(saved.named_parameters())
-    for name, parameter in model.named_parameters():
-        distributed.here(parameter).copy_(weights[name][distributed.rows_here(parameter)])
-
-
 def has_to_be_converted(name: str) -> bool:
     """Whether this is a GGUF file that has not been converted yet, which takes a minute."""
     path = Path(name).expanduser()
@@ -163,20 +95,6 @@ def cache_folder() -> Path:
     """Where converted models are kept: `$PENCHANT_CACHE`, else `penchant` under the user's cache folder."""
     default = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "penchant"
     return Path(os.environ.get("PENCHANT_CACHE") or default)
-
-
-@contextmanager
-def _without_bars() -> Iterator[None]:
-    """Within it, transformers shows no bars of its own for work of a second."""
-    from transformers.utils import logging
-
-    was_enabled = logging.is_progress_bar_enabled()
-    logging.disable_progress_bar()
-    try:
-        yield
-    finally:
-        if was_enabled:
-            logging.enable_progress_bar()
 
 
 def _local_folder(name: str, revision: str | None = None) -> Path:
@@ -305,6 +223,25 @@ def _sharded_model(folder: Path, device: torch.device | str) -> Any | None:
     if (folder / "generation_config.json").exists():
         model.generation_config = type(model.generation_config).from_pretrained(str(folder))
     return model.eval()
+
+
+def empty_model(name: str, is_reward: bool = False) -> Any:
+    """The model of a folder or hub id without its weights, dropout off: what it looks like.
+
+    Raises:
+        UserError: there is no such model.
+    """
+    from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSequenceClassification
+
+    with _explained(name):
+        folder = _local_folder(name)
+        config = AutoConfig.from_pretrained(str(_base_of(folder) if _is_adapter(folder) else folder))
+        if is_reward:
+            config.num_labels = 1
+        family = AutoModelForSequenceClassification if is_reward else AutoModelForCausalLM
+        model = _unfilled(lambda: family.from_config(config, dtype=torch.float32))
+    disable_dropout(model)
+    return model
 
 
 def _unfilled(make: Callable[[], Any]) -> Any:

@@ -15,6 +15,7 @@ from weakref import WeakKeyDictionary
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensor
 from torch.utils.checkpoint import checkpoint
 
 from penchant.models.head import CHUNK_BYTES, Head, ScoredRows, at_least_float32
@@ -141,6 +142,8 @@ def _find_head(model: nn.Module) -> _ModelHead | None:
 @torch.no_grad()
 def _agrees(found: _ModelHead, model: nn.Module, batch: Batch) -> bool:
     ids = batch.model_inputs["input_ids"][:1, :8]
+    if isinstance(ids, FakeTensor):  # a plan of the memory alone: there are no numbers to compare
+        return True
     try:
         with evaluation_mode(model):
             expected = at_least_float32(model(input_ids=ids, use_cache=False).logits)

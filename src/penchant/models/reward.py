@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from penchant.models import load
 from penchant.models.head import at_least_float32
+from penchant.models.weights import without_bars
 from penchant.types import Batch
 
 ENCODING = "penchant_encoding"
@@ -76,7 +77,7 @@ def _classifier(folder: Path, **settings: Any) -> tuple[Any, set[str]]:
 
     if load._is_adapter(folder):  # transformers would fetch its base model, unchecked
         raise ValueError("It is an adapter; merge it into its base model first.")
-    with load._without_bars():
+    with without_bars():
         model, report = AutoModelForSequenceClassification.from_pretrained(
             str(folder),
             dtype=torch.float32,

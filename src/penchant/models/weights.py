@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -14,6 +15,8 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from penchant import distributed
+from penchant.disk import ALONE, Part, give_part, new_folder, take_parts
+from penchant.models.trust import refuse_harm
 
 
 class TensorFiles:
@@ -157,6 +160,87 @@ def write_share(model: Any, weights: Share, folder: Path) -> None:
         model.config.save_pretrained(folder)
         if model.can_generate():
             model.generation_config.save_pretrained(folder)
+
+
+def save_model(
+    model: Any, tokenizer: Any, folder: Path, part: Part = ALONE, may_wait: Callable[[], bool] = lambda: True
+) -> None:
+    """Writes model (or peft adapter) and tokenizer so that transformers (or peft) loads them; safetensors only.
+
+    The folder appears whole or not at all. Several processes do it together, each with its `part`; the first waits for
+    the others while `may_wait()`.
+    """
+    weights = share_of_weights(model, copy=False, among=part.of)
+
+    def fill(own: Path) -> None:
+        write_model(model, tokenizer, own, weights)
+        for path in (own, *own.glob("[!.]*")):  # not what other processes are filling
+            path.chmod(0o755 if path.is_dir() else 0o644)  # what libraries write may be private
+
+    if part.number:
+        give_part(folder, part, fill)
+        return
+    with new_folder(folder, part) as unfinished:
+        fill(unfinished)
+        take_parts(unfinished, part, may_wait)
+
+
+def write_model(model: Any, tokenizer: Any, folder: Path, weights: Share) -> None:
+    """Writes into an existing folder this process's share of what `save_model` writes."""
+    is_first = distributed.world().is_first
+    if weights.among > 1:
+        write_share(model, weights, folder)
+    elif is_first:
+        with without_bars():
+            model.save_pretrained(folder, state_dict=dict(weights.tensors))  # transformers empties what it is given
+    if is_first:
+        tokenizer.save_pretrained(folder)
+
+
+@torch.no_grad()
+def load_weights(model: nn.Module, folder: Path) -> None:
+    """Copies the weights that `write_model` wrote into the model (or adapter) in hand, to the bit.
+
+    Raises:
+        KeyError, ValueError, RuntimeError: they are those of another model.
+        UserError: the folder asks for code, as none that `write_model` wrote does.
+    """
+    refuse_harm(folder)
+    if hasattr(model, "peft_config"):
+        from peft import load_peft_weights, set_peft_model_state_dict
+
+        found = set_peft_model_state_dict(model, load_peft_weights(str(folder), device="cpu"))
+        if found.unexpected_keys:
+            raise ValueError(f"it holds {found.unexpected_keys[0]}, which the model does not have")
+        return
+    files = weight_files(folder)
+    if fit(files, model):
+        fill(model, files)
+        return
+    with without_bars():
+        own_dtype = next(model.parameters()).dtype
+        saved, report = type(model).from_pretrained(  # type: ignore[attr-defined]
+            folder, dtype=own_dtype, use_safetensors=True, output_loading_info=True
+        )
+    if report["missing_keys"]:  # transformers has made them up
+        raise ValueError(f"it lacks {min(report['missing_keys'])}")
+    weights = dict(saved.named_parameters())
+    for name, parameter in model.named_parameters():
+        distributed.here(parameter).copy_(weights[name][distributed.rows_here(parameter)])
+
+
+@contextmanager
+def without_bars() -> Iterator[None]:
+    """Within it, transformers shows no bars of its own for work of a second."""
+    from transformers.utils import logging
+
+    was_enabled = logging.is_progress_bar_enabled()
+    logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        if was_enabled:
+            logging.enable_progress_bar()
 
 
 def _is_stored_as_used(model: Any) -> bool:

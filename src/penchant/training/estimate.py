@@ -46,10 +46,10 @@ def measure(policy: Policy, layout: Layout, examples: Sequence[TokenizedExample]
     typical = examples[int(np.argsort(num_tokens_of(examples), kind="stable")[len(examples) // 2])]
     batch, num_tokens = layout.collate([typical]).to(policy.device), layout.cost([typical])
     policy.token_logps(batch)  # the first pass pays for set-up
-    held, fixed = _held_bytes(policy, batch), 0.0
+    held, fixed = held_bytes(policy, batch), 0.0
     if policy.precision != "float32":
         shorter = _shortened(typical)
-        by_shorter = _held_bytes(policy, layout.collate([shorter]).to(policy.device))
+        by_shorter = held_bytes(policy, layout.collate([shorter]).to(policy.device))
         fixed = held - (held - by_shorter) / (num_tokens - layout.cost([shorter])) * num_tokens
     distributed.let_go(policy.model)
     return Speed(_seconds(policy, batch) / num_tokens, (held - fixed) / num_tokens, max(0, round(fixed)))
@@ -107,7 +107,7 @@ def _seconds(policy: Policy, batch: Batch) -> float:
     return min(times)
 
 
-def _held_bytes(policy: Policy, batch: Batch) -> int:
+def held_bytes(policy: Policy, batch: Batch) -> int:
     """What is held for the backward pass at its peak.
 
     With gradient checkpointing that is what is kept of all layers, and what one of them has just computed again.
@@ -128,7 +128,7 @@ def _kept_bytes(policy: Policy, batch: Batch) -> int:
 
     def count(tensor: torch.Tensor) -> torch.Tensor:
         if not isinstance(tensor if tensor._base is None else tensor._base, nn.Parameter):
-            kept[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
+            kept[tensor.untyped_storage()._cdata] = tensor.untyped_storage().nbytes()
         return tensor
 
     with torch.autograd.graph.saved_tensors_hooks(count, lambda tensor: tensor):

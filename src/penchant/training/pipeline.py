@@ -12,7 +12,8 @@ from penchant.config import RunConfig
 from penchant.disk import make_folder, write_text
 from penchant.errors import UserError
 from penchant.losses import build_loss
-from penchant.models.load import load_model_and_tokenizer, save_model
+from penchant.models.load import load_model_and_tokenizer
+from penchant.models.weights import save_model
 from penchant.training.logger import RunLog
 from penchant.training.run import execute
 from penchant.training.rundir import is_run_of, read_summary

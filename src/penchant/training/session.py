@@ -18,7 +18,7 @@ from penchant.errors import UserError
 from penchant.examples import plain_text
 from penchant.locking import locked
 from penchant.losses import Loss, WeightedSum
-from penchant.models.load import save_model
+from penchant.models.weights import save_model
 from penchant.report import write_model_card, write_report
 from penchant.scoring.reference import Reference
 from penchant.scoring.reward import RewardLearner

@@ -76,11 +76,7 @@ class Setup:
     @property
     def reference_kind(self) -> str:
         """The kind of reference with `auto` resolved; `none` where the run needs none."""
-        if not self.uses_reference:
-            return "none"
-        if self.config.reference.kind != "auto":
-            return self.config.reference.kind
-        return "adapter_off" if self.config.lora.rank and not self.config.reference.model else "precomputed"
+        return reference_kind_of(self.config, self.loss)
 
     def draws(self, start_step: int = 0) -> Iterator[loader.Draw]:
         """The optimizer batches of the run behind its first `start_step`, without end."""
@@ -128,6 +124,15 @@ class Setup:
         """The row that an example comes from."""
         texts = self.datasets.train.texts
         return texts[example.index].source
+
+
+def reference_kind_of(config: RunConfig, loss: Loss) -> str:
+    """The kind of reference with `auto` resolved; `none` where the run needs none."""
+    if "reference" not in loss.needs:
+        return "none"
+    if config.reference.kind != "auto":
+        return config.reference.kind
+    return "adapter_off" if config.lora.rank and not config.reference.model else "precomputed"
 
 
 def set_up(

@@ -14,8 +14,7 @@ from torch import Tensor
 from penchant import distributed
 from penchant.config import RunConfig
 from penchant.errors import UserError
-from penchant.models.load import load_weights, write_model
-from penchant.models.weights import Share, TensorFiles, part_name, share_of, share_of_weights
+from penchant.models.weights import Share, TensorFiles, load_weights, part_name, share_of, share_of_weights, write_model
 from penchant.scoring.policy import Policy
 from penchant.training.checkpoint import Checkpoint, DamagedError
 from penchant.training.optim import trainable_parameters
