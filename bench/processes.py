@@ -10,6 +10,7 @@ the seconds show what sharding costs, not what more machines bring.
 from __future__ import annotations
 
 import argparse
+import itertools
 import json
 import os
 import statistics
@@ -33,8 +34,15 @@ ROOT = Path(__file__).parents[1]
 def settings_of(options: argparse.Namespace) -> dict[str, Any]:
     pairs = zip(options.more[::2], options.more[1::2], strict=True)
     return {
-        **{"model": options.model, "data": options.data, "max_steps": options.steps, "num_samples": 0, "eval_size": 0},
-        **{"logging_steps": 1, "batch_size": 8, "reference": {"kind": "copy"}, "save_minutes": 1000},
+        "model": options.model,
+        "data": options.data,
+        "max_steps": options.steps,
+        "batch_size": 8,
+        "reference": {"kind": "copy"},
+        "num_samples": 0,
+        "eval_size": 0,
+        "logging_steps": 1,
+        "save_minutes": 1000,
         **{name.removeprefix("--"): parse_value(text) for name, text in pairs},
     }
 
@@ -63,13 +71,8 @@ def measured(number: int, settings: dict[str, Any], folder: Path) -> tuple[int, 
     peaks = [json.loads((folder / f"peak-{rank}.json").read_text()) for rank in range(number)]
     records = [record for record in read_json_lines(run_dir / "metrics.jsonl") if "loss" in record]
     stamps = [record["time_s"] for record in records]
-    seconds = statistics.median(later - before for before, later in zip(stamps, stamps[1:], strict=False))
+    seconds = statistics.median(later - before for before, later in itertools.pairwise(stamps))
     return max(peaks), seconds, [record["loss"] for record in records]
-
-
-def planned(number: int, settings: dict[str, Any], folder: Path) -> Plan:
-    """In a process of its own, as the command is, so that its libraries are those of a fresh one."""
-    return plan_of(config_from(settings), number)
 
 
 def plan_of(config: RunConfig, number: int) -> Plan:
@@ -99,11 +102,8 @@ def main() -> None:
             peak, seconds, losses[number] = measured(number, settings, Path(folder) / str(number))
             first = losses[options.processes[0]]
             torch.testing.assert_close(torch.tensor(losses[number]), torch.tensor(first), rtol=1e-5, atol=1e-5)
-            ratio = peak / expected.memory_bytes
-            print(
-                f"| {number} | {expected.memory_bytes / 2**30:.2f} | {peak / 2**30:.2f} | {ratio:.2f} | {seconds:.1f} |",
-                flush=True,
-            )
+            cells = expected.memory_bytes / 2**30, peak / 2**30, peak / expected.memory_bytes
+            print(f"| {number} | {' | '.join(f'{cell:.2f}' for cell in cells)} | {seconds:.1f} |", flush=True)
             print({name: f"{size / 2**20:.0f}" for name, size in expected.memory.items()}, file=sys.stderr)
 
 

@@ -9,7 +9,7 @@ import sys
 from collections.abc import Callable, Sequence
 from typing import Any
 
-from penchant.cli import data, doctor, evaluating, online, showing, training
+from penchant.cli import data, doctor, evaluating, online, planning, showing, training
 from penchant.cli.training import is_one_of_several
 from penchant.config import option_names, parse_value
 from penchant.errors import UserError, nearest
@@ -28,7 +28,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         if unknown:
             raise UserError(f"there is no option '{unknown[0]}'{_nearest_option(unknown[0])}")
-        if loss_settings and options.verb not in ("train", "resume"):
+        if loss_settings and options.verb not in ("train", "resume", "plan"):
             raise UserError(f"settings of the loss belong to `penchant train`, not to `penchant {options.verb}`.")
         if is_one_of_several() and options.verb not in ("train", "resume"):
             raise UserError(f"`penchant {options.verb}` works in one process; start it without torchrun.")
@@ -68,7 +68,7 @@ def _parser() -> argparse.ArgumentParser:
         added.set_defaults(run=run)
         return added
 
-    for room in (training, data, doctor, online, evaluating, showing):
+    for room in (training, planning, data, doctor, online, evaluating, showing):
         room.add_verbs(verb)
     return parser
 

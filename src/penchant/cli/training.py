@@ -51,7 +51,7 @@ def add_verbs(verb: Verb) -> None:
     )
     add_import_option(train)
     _add_allow_change(train)
-    _add_keys(train)
+    add_keys(train)
     resume = verb(
         "resume",
         _resume,
@@ -62,7 +62,7 @@ def add_verbs(verb: Verb) -> None:
     _add_allow_change(resume)
     resume.add_argument("--json", action="store_true", help="print the run's summary as JSON on standard output")
     add_import_option(resume)
-    _add_keys(resume)
+    add_keys(resume)
     status = verb(
         "status", _status, "Say how far a run is, whether it is being worked on, and from where it can go on."
     )
@@ -80,7 +80,8 @@ def _add_allow_change(parser: argparse.ArgumentParser) -> None:
     )
 
 
-def _add_keys(parser: argparse.ArgumentParser) -> None:
+def add_keys(parser: argparse.ArgumentParser) -> None:
+    """Every key of a run file as an option."""
     keys = parser.add_argument_group("keys (in the run file as KEY: VALUE, on the line as --KEY VALUE)")
     for name, help_text in option_names().items():
         keys.add_argument(
@@ -99,6 +100,18 @@ def is_one_of_several() -> bool:
     return int(os.environ.get("WORLD_SIZE", "1")) > 1
 
 
+def config_of(options: argparse.Namespace) -> RunConfig:
+    """The one run that a run file and options describe.
+
+    Raises:
+        UserError: the run file has stages, or something in it is wrong.
+    """
+    run_file, overrides = _run_file(options.run_file), _overrides(options)
+    if run_file and load_stages(run_file, overrides):
+        raise UserError(f"{run_file}: has stages; give the run file of one.")
+    return load_config(run_file, overrides)
+
+
 def _train(options: argparse.Namespace) -> int:
     overrides = _overrides(options)
     for path in options.imports:
@@ -115,8 +128,9 @@ def _train(options: argparse.Namespace) -> int:
         if options.dry_run or options.allow_change:
             raise UserError("--dry-run, --allow-change: are for one run; a run file with stages has several.")
         return _stages(stages, options.overwrite, options.json)
-    config = load_config(run_file, overrides)
     from penchant.training.run import dry_run, execute
+
+    config = load_config(run_file, overrides)
 
     if options.dry_run:
         plan = dry_run(config)
@@ -130,7 +144,7 @@ def _resume(options: argparse.Namespace) -> int:
     for path in options.imports:
         import_file(path)
     from penchant.training.pipeline import STAGES
-    from penchant.training.resume import config_of
+    from penchant.training.resume import config_of as config_to_resume
     from penchant.training.run import execute
     from penchant.training.rundir import read_summary
 
@@ -151,7 +165,7 @@ def _resume(options: argparse.Namespace) -> int:
         round_off(options.run_dir)
         print(f"{options.run_dir} is finished; there is nothing to go on with.", file=sys.stderr)
         return 0
-    return _end(execute(config_of(options.run_dir, overrides), allow_change=_allowed(options)), options.json)
+    return _end(execute(config_to_resume(options.run_dir, overrides), allow_change=_allowed(options)), options.json)
 
 
 def _status(options: argparse.Namespace) -> int:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import os
 import platform
 import re
@@ -15,6 +16,7 @@ from penchant.scoring.policy import Precision
 
 _STATUS, _CLEAR_REFS = Path("/proc/self/status"), Path("/proc/self/clear_refs")
 _MEMINFO = Path("/proc/meminfo")
+_M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3  # of malloc.h
 
 
 def resolve_device(name: str) -> torch.device:
@@ -72,6 +74,18 @@ def forget_peak_memory() -> None:
         torch.cuda.reset_peak_memory_stats()
     if os.access(_CLEAR_REFS, os.W_OK):
         _CLEAR_REFS.write_text("5")  # see proc(5): resets the peak resident set
+
+
+def give_freed_memory_back() -> None:
+    """Has the C library hand large pieces back to the system when they are freed, where it is glibc.
+
+    Sharded weights come and go with every layer. By itself glibc would keep what they leave, in pieces: SmolLM2 in two
+    processes was seen to hold 4.6 GiB at its peak instead of 2.7.
+    """
+    libc = ctypes.CDLL(None)
+    if hasattr(libc, "mallopt"):
+        for option in (_M_MMAP_THRESHOLD, _M_TRIM_THRESHOLD):
+            libc.mallopt(option, 2**20)
 
 
 def is_out_of_memory(error: BaseException) -> bool:

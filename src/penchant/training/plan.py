@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from itertools import islice
 from typing import Any
 
@@ -52,12 +52,16 @@ class Plan:
     tokens_at_once: int
     """In the largest microbatch of a process."""
     tokens: float
-    """Filling included, that go forward and backward in the whole run, over all processes."""
+    """That the whole run learns from, over all processes, counted as `tokens_per_s` counts them."""
 
     @property
     def memory_bytes(self) -> int:
         """Of all kinds together."""
         return sum(self.memory.values())
+
+    def as_dict(self) -> dict[str, Any]:
+        """For JSON."""
+        return {**asdict(self), "memory_bytes": self.memory_bytes}
 
 
 def plan(config: RunConfig, processes: int, device: torch.device, precision: Precision, log: RunLog) -> list[Plan]:
@@ -75,11 +79,10 @@ def plan(config: RunConfig, processes: int, device: torch.device, precision: Pre
     with _without_contents():
         model = empty_model(config.model, is_reward="scores" in loss.needs)
         layout = _layout_for(model, config.layout)
-        num_all = sum(parameter.numel() for parameter in model.parameters())
-        if config.lora.rank:
-            lora = config.lora
-            model = add_lora(model, lora.rank, lora.alpha or 2 * lora.rank, lora.target_modules)
-        set_gradient_checkpointing(model, config.gradient_checkpointing)
+    num_all, lora = sum(parameter.numel() for parameter in model.parameters()), config.lora
+    if lora.rank:  # peft exchanges tensors on the way, which those without contents do not bear; an adapter is small
+        model = add_lora(model, lora.rank, lora.alpha or 2 * lora.rank, lora.target_modules)
+    set_gradient_checkpointing(model, config.gradient_checkpointing)
     kind = RewardLearner if "scores" in loss.needs else Policy
     policy = kind(model, tokenizer, precision)
     return [_plan_for(number, config, policy, num_all, layout, examples, device) for number in numbers]
@@ -118,7 +121,7 @@ def _plan_for(
         steps=steps,
         layout=layout.name,
         tokens_at_once=layout.cost(largest),
-        tokens=sum(map(layout.cost, parts)) / len(drawn) * steps,
+        tokens=sum(one.num_scored_tokens for draw in drawn for one in draw.examples) / len(drawn) * steps,
     )
 
 

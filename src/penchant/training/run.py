@@ -139,6 +139,8 @@ def execute(
     gc.collect()  # models of earlier runs are circles of references, which are let go only now and then
     hardware.forget_peak_memory()
     with distributed.joined() as me, stopping.listening(), stopping.held(me.size > 1), ExitStack() as held:
+        if me.size > 1:
+            hardware.give_freed_memory_back()
         if not me.is_first:
             log = RunLog(quiet=True)
         refuse_other_versions()
