@@ -154,13 +154,10 @@ def _held_in_a_step(
     trains_all = all(id(parameter) in ids for parameter in policy.model.parameters())
     rest = sum(parameter.nbytes for parameter in policy.model.parameters()) - sum(blocks)
     block = max(blocks, default=0)
-    # The root's weights stay whole from forward to backward; of the blocks one is at work and one is being fetched.
-    whole = rest + 2 * block
-    return {
-        "activations": activations,
-        "head": 2 * head,
-        "gathered": whole + (rest + 2 * block if trains_all else 0),
-    }
+    # What is outside of the blocks stays whole from forward to backward; of the blocks one is at work, one is fetched.
+    # A unit's gradient is whole before it is summed, for which it is copied.
+    gradients = rest + block + max(rest, block) if trains_all else 0
+    return {"activations": activations, "head": 2 * head, "gathered": rest + 2 * block + gradients}
 
 
 def _layout_for(model: Any, wanted: str) -> Layout:
