@@ -11,6 +11,7 @@ Sums are the only way of telling: a process adds zeros where it knows nothing, w
 
 from __future__ import annotations
 
+import itertools
 import os
 import uuid
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -52,6 +53,9 @@ class World:
         return self.rank == 0
 
 
+_GROUPS = itertools.count()
+"""Numbers the process groups of this process, one after the other."""
+
 _joined: list[World] = []
 """Filled within `joined`, so that a process group of somebody else's means nothing here."""
 
@@ -79,9 +83,9 @@ def joined() -> Iterator[World]:
         return
     if torch.cuda.is_available():
         torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
-    # The store of torchrun's may outlive an attempt, and with it the addresses of processes that are gone.
+    # The store of torchrun's outlives an attempt, and with it the addresses of processes and groups that are gone.
     store, rank, size = next(iter(rendezvous("env://", timeout=PATIENCE)))
-    attempt = PrefixStore(f"attempt-{num_restarts()}-of-{size}", store)
+    attempt = PrefixStore(f"attempt-{num_restarts()}-of-{size}-group-{next(_GROUPS)}", store)
     backend = "nccl" if torch.cuda.is_available() else "gloo"
     dist.init_process_group(backend, store=attempt, rank=rank, world_size=size, timeout=PATIENCE)
     _joined.append(World(dist.get_rank(), dist.get_world_size()))

@@ -44,6 +44,12 @@ def shelf(tokenizer: Any, tmp_path_factory: pytest.TempPathFactory) -> Path:
     short = {"prompt": "what", "chosen": "cat", "rejected": "dog"}
     write_rows(folder / "pairs.jsonl", [*rows(13), long, short])
     write_rows(folder / "singles.jsonl", single_rows(15))
+    (folder / "rule.py").write_text("def score(prompt, completions):\n    return [len(text) for text in completions]\n")
+    (folder / "noting.py").write_text(
+        "import os\n\ndef score(prompt, completions):\n"
+        f"    with open({str(folder / 'asked.txt')!r}, 'a') as file:\n        print(os.getpid(), file=file)\n"
+        "    return [len(text) for text in completions]\n"
+    )
     return folder
 
 
@@ -130,6 +136,59 @@ def test_the_numbers_are_those_of_one_process(shelf: Path, tmp_path: Path, full:
             assert read_summary(other)["processes"] == int(other.parent.name)
 
 
+ONLINE: dict[str, dict[str, Any]] = {
+    "online-dpo": {"method": "online-dpo", "online": {"rounds": 4}},
+    "grpo": {"method": "grpo", "online": {"rounds": 2}, "num_train_epochs": 2},
+    "ppo, lora": {"method": "ppo", "online": {"rounds": 3}, "lora": {"rank": 4}, "learning_rate": 1e-3},
+    "sppo": {"method": "sppo", "online": {"rounds": 2}},
+}
+
+
+def sampled_run(shelf: Path, kind: str, run_dir: Path, **more: Any) -> dict[str, Any]:
+    """What `penchant.train` is given for a run that samples its own data."""
+    return {
+        "model": str(shelf / "model"),
+        "data": str(shelf / "pairs.jsonl"),
+        "output_dir": str(run_dir),
+        "judge": {"name": "rule", "function": f"{shelf / 'rule.py'}:score"},
+        "sampling": {"max_new_tokens": 5, "completions": 3},
+        "batch_size": 5,
+        "num_train_epochs": 1,
+        "eval_size": 3,
+        "num_samples": 2,
+        "sample_max_new_tokens": 3,
+        "logging_steps": 1,
+        "learning_rate": 1e-4,
+        "quiet": True,
+        **ONLINE[kind],
+        **more,
+    }
+
+
+def test_sampling_is_shared_out(shelf: Path, tmp_path: Path) -> None:
+    for number in (1, 3):
+        home = tmp_path / str(number)
+        together(number, train_all, [sampled_run(shelf, kind, home / kind) for kind in ONLINE], said_in=home)
+    for kind in ONLINE:
+        one, three = tmp_path / "1" / kind, tmp_path / "3" / kind
+        assert_same_course(one, three)
+        for name in ("samples.jsonl", "rounds/0001.jsonl"):
+            assert read_json_lines(one / name) == read_json_lines(three / name)
+            assert read_json_lines(one / name)
+
+
+def test_a_judge_is_asked_by_one_process(shelf: Path, tmp_path: Path) -> None:
+    run = sampled_run(
+        shelf, "online-dpo", tmp_path / "run", judge={"name": "rule", "function": f"{shelf / 'noting.py'}:score"}
+    )
+    together(2, train_all, [run], said_in=tmp_path / "said")
+    rounds = sum(len(read_json_lines(path)) for path in (tmp_path / "run" / "rounds").glob("*.jsonl"))
+    asked = (shelf / "asked.txt").read_text().splitlines()
+    looks = sum("eval_score" in record for record in metrics_of(tmp_path / "run"))
+    assert len(set(asked)) == 1  # process
+    assert len(asked) == rounds + 3 * looks
+
+
 MODELS = {
     "tied": {"tie_word_embeddings": True},
     "in shares of nothing": {
@@ -213,6 +272,17 @@ def train_from_to(run: dict[str, Any], last_step: int | None, drawn: Path) -> No
     Training._step = noting  # type: ignore[method-assign]
     result = penchant.train(**run)
     assert result.summary["status"] == ("finished" if last_step is None else "interrupted")
+
+
+def test_a_run_that_samples_goes_on_with_fewer_processes(shelf: Path, tmp_path: Path) -> None:
+    whole, moved = (sampled_run(shelf, "grpo", tmp_path / name) for name in ("whole", "moved"))
+    together(1, train_from_to, whole, None, tmp_path / "whole.jsonl", said_in=tmp_path / "said")
+    together(3, train_from_to, moved, 2, tmp_path / "moved.jsonl", said_in=tmp_path / "said")
+    together(2, train_from_to, moved, None, tmp_path / "moved.jsonl", said_in=tmp_path / "said")
+    drawn = [read_json_lines(tmp_path / f"{name}.jsonl") for name in ("whole", "moved")]
+    assert len(drawn[0]) > 3
+    assert drawn[0] == drawn[1]
+    assert_same_course(tmp_path / "whole", tmp_path / "moved")
 
 
 @pytest.mark.parametrize("kind", ["paired, copy", "unpaired, adapter off"])

@@ -144,6 +144,7 @@ class Policy:
     ) -> list[list[Answer]]:
         """`num_samples` answers to each prompt, at most `max_rows` in the making at a time.
 
+        Several processes, all with the same prompts, answer some of them each, with all weights gathered.
         An answer depends on its prompt, the prompt's seed (0, 1, 2, ... where none are given) and its own number, not
         on the other prompts. What the model's own generation settings say about sampling, repetition and ends is left
         aside. `advance(n)` is called whenever n answers are done.
@@ -154,22 +155,36 @@ class Policy:
         # The end of an answer to each prompt comes along: a template may end turns with another token than eos.
         encoded = [encode(self.tokenizer, prompt, ["."]) for prompt in prompts]
         prompt_ids = [ids for ids, _ in encoded]
+        every_seed = range(len(prompts)) if seeds is None else seeds
+        if len(every_seed) != len(prompts):
+            raise ValueError(f"{len(prompts)} prompts and {len(every_seed)} seeds: give one for each")
+        me = distributed.world()
+        own, total, num_told = slice(me.rank, None, me.size), len(prompts) * num_samples, 0
+
+        def told(number: int) -> None:
+            nonlocal num_told
+            news = min(number * me.size, total - num_told)  # what the others have done meanwhile
+            num_told += news
+            advance(news)
+
         end_ids = {self.tokenizer.eos_token_id, *(answer[-1] for _, (answer,) in encoded)}
         with self._arithmetic(), distributed.all_weights(self.model):
             samples = generate(
                 self.model,
-                prompt_ids,
+                prompt_ids[own],
                 sampling,
                 num_samples,
-                range(len(prompts)) if seeds is None else seeds,
+                every_seed[own],
                 end_ids,
                 max_rows,
-                advance,
+                told,
             )
-        return [
+        answers = [
             [Answer(self._text_behind(ids, sample.ids), sample.ids, sample.is_finished) for sample in group]
-            for ids, group in zip(prompt_ids, samples, strict=True)
+            for ids, group in zip(prompt_ids[own], samples, strict=True)
         ]
+        shares = distributed.told_by_all(answers)
+        return [shares[place % me.size][place // me.size] for place in range(len(prompts))]
 
     def generate(
         self, prompts: Sequence[Text], max_new_tokens: int = 128, temperature: float = 0.0, seed: int = 0

@@ -18,7 +18,8 @@ from penchant.online.judges import Question
 from penchant.scoring.reference import AdapterOff, Precomputed, Reference
 from penchant.training.online import OnlineSetup, sequences
 
-_FILE = "answers.jsonl"
+ANSWERS = "answers.jsonl"
+"""The file of answers in a run directory."""
 
 
 class HeldoutAnswers:
@@ -28,7 +29,7 @@ class HeldoutAnswers:
     """
 
     def __init__(self, setup: OnlineSetup, reference: Reference | None, run_dir: Path) -> None:
-        self.setup, self.path = setup, run_dir / _FILE
+        self.setup, self.path = setup, run_dir / ANSWERS
         self.prompts = [setup.prompts[example.index] for example in setup.datasets.heldout.examples]
         self.texts = [prompt.text for prompt in self.prompts]
         self.anchor = AdapterOff(setup.policy) if setup.config.lora.rank else reference
@@ -81,12 +82,10 @@ class HeldoutAnswers:
         if self.anchor is None or not setup.samples_itself:
             return None
         scored = sequences(setup.datasets.heldout.examples, [one.token_ids for one in answers])
-        ratios = []
-        for batch in setup.layout.batches(scored, 2 * setup.max_tokens):
-            batch = batch.to(setup.policy.device)
-            (ref,) = self.anchor.token_logps([batch])
-            ratios += batch.sum_by_sequence(setup.policy.token_logps(batch).logps - ref).tolist()
-        return float(np.mean(ratios))
+        batches = [batch.to(setup.policy.device) for batch in setup.layout.batches(scored, 2 * setup.max_tokens)]
+        said, refs = setup.policy.score_all(batches), self.anchor.token_logps(batches)
+        ratios = [batch.sum_by_sequence(own.logps - ref) for batch, own, ref in zip(batches, said, refs, strict=True)]
+        return float(np.mean(torch.cat(ratios).tolist()))
 
     def _keep(
         self,
@@ -117,7 +116,7 @@ class HeldoutAnswers:
 
 def summary_of(setup: OnlineSetup, run_dir: Path) -> dict[str, Any]:
     """What came of the held-out answers, with 95% intervals over the prompts, and what the judge noticed."""
-    rows = read_json_lines(run_dir / _FILE)
+    rows = read_json_lines(run_dir / ANSWERS)
     scores = [(row["score_before"], row["score"]) for row in rows]
     known = [(before, after) for before, after in scores if before is not None and after is not None]
     found: dict[str, Any] = {"prompts": len(rows)}

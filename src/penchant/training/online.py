@@ -24,6 +24,7 @@ from penchant.online.judges import Judge, make_judge
 from penchant.scoring.policy import Policy
 from penchant.training.datasets import Datasets, Rows, findings_of_prompts, refuse_rows
 from penchant.training.logger import RunLog
+from penchant.training.panel import judge_of_all
 from penchant.training.setup import Setup, lay_out, load_policy, make_adapter, refuse_what_never_works
 
 _PAIRS_PER_PROMPT = {
@@ -190,7 +191,10 @@ def set_up_online(
     _refuse_other_units(loss, plan)
     train, heldout = _read(config, data, eval_data)
     policy = load_policy(config, log, [prompt.text for prompt in (*train.prompts, *heldout.prompts)], policy)
-    judge = judge or make_judge(config.judge, policy.device, policy.precision)
+    device, precision, in_hand = policy.device, policy.precision, judge
+    judge = judge_of_all(
+        lambda: in_hand or make_judge(config.judge, device, precision), is_shared_out=config.judge.name == "implicit"
+    )
     prompts: dict[int, Prompt] = {}
     parts = [_tokenized(part, policy.tokenizer, config.max_length, prompts) for part in (train, heldout)]
     for part, tokenized in zip((train, heldout), parts, strict=True):

@@ -113,20 +113,20 @@ class Rollouts(Rounds):
         places = {id(example): place for place, example in enumerate(examples)}
         policy.model.eval()
         with self.log.progress("scoring", len(examples)) as meter:
-            for batch in setup.layout.batches(examples, 2 * setup.max_tokens):
-                batch = batch.to(policy.device)
-                scored = policy.token_logps(batch)
-                found = {"logps": scored.logps, "values": scored.values}
-                if "ref_logps" in names:
-                    assert self.reference is not None
-                    (found["ref_logps"],) = self.reference.token_logps([batch])
+            batches = [batch.to(policy.device) for batch in setup.layout.batches(examples, 2 * setup.max_tokens)]
+            refs: Sequence[torch.Tensor | None] = [None] * len(batches)
+            if "ref_logps" in names:
+                assert self.reference is not None
+                refs = self.reference.token_logps(batches)
+            every = policy.score_all(batches, advance=meter.advance)
+            for batch, scored, ref in zip(batches, every, refs, strict=True):
+                found = {"logps": scored.logps, "values": scored.values, "ref_logps": ref}
                 tokens = [sum(map(len, example.completion_ids)) for example in batch.examples]
                 for name in names:
                     column = found[name]
                     assert column is not None
                     for example, own in zip(batch.examples, column.float().cpu().split(tokens), strict=True):
                         pieces.setdefault(places[id(example)], {})[name] = own
-                meter.advance(len(batch.examples))
         flat = {name: torch.cat([pieces[place][name] for place in range(len(examples))]) for name in names}
         with new_file(path) as file:
             file.write(save(flat))

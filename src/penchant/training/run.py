@@ -53,6 +53,7 @@ from penchant.training.setup import Setup, set_up
 from penchant.training.shared import Shared
 from penchant.training.state import expected_checkpoint_bytes, read_facts
 from penchant.training.together import (
+    copy_rounds,
     refuse_other_contents,
     refuse_other_versions,
     refuse_separate_disks,
@@ -193,6 +194,7 @@ def execute(
         refuse_separate_disks(run_dir)
         # The first process keeps the books; the others have some of their own, which nobody reads.
         books = run_dir if me.is_first else Path(held.enter_context(TemporaryDirectory(prefix="penchant-")))
+        copy_rounds(run_dir, books)
         run = Session(setup, log, books, current, checkpoint, summary, started, goes_past_stop, run_dir)
         run.complete()
     return RunResult(run_dir, run.summary)

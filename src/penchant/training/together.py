@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import platform
+import shutil
 import time
 from importlib.metadata import version
 from pathlib import Path
@@ -11,6 +12,8 @@ from typing import Any
 from penchant import distributed
 from penchant.errors import UserError
 from penchant.scoring.reward import RewardLearner
+from penchant.training.answers import ANSWERS
+from penchant.training.rounds import ROUNDS
 from penchant.training.setup import Setup
 
 _SECONDS_FOR_A_SHARED_DISK = 10.0
@@ -71,6 +74,19 @@ def refuse_separate_disks(run_dir: Path) -> None:
         time.sleep(0.2)
     is_seen = (run_dir / "run.yaml").exists()
     _raise_if_any(None if is_seen else f"does not see output_dir '{run_dir}'; put it on a disk that all machines share")
+
+
+def copy_rounds(run_dir: Path, books: Path) -> None:
+    """Gives each process its own copy of what a run has sampled so far; from there on all write the same.
+
+    Every process returns when all have it.
+    """
+    if not distributed.world().is_first:
+        if (run_dir / ROUNDS).exists():
+            shutil.copytree(run_dir / ROUNDS, books / ROUNDS)
+        if (run_dir / ANSWERS).exists():
+            shutil.copy(run_dir / ANSWERS, books / ANSWERS)
+    distributed.told_by_all(None)
 
 
 def _first(value: Any) -> Any:
