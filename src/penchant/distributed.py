@@ -3,10 +3,8 @@
 torchrun starts them and tells them by the environment who they are. Weights are sharded over them by PyTorch's FSDP2
 (`fully_shard`), which gathers a block's weights when it is needed and sums its gradient where it is kept. All else is
 small: log-probabilities of tokens, a handful of flags. So every process knows every batch, computes its share of it,
-and is told the rest; what follows from the whole batch (losses, metrics) all of them compute alike. Nothing here needs
-a process group where there is one process.
-
-Sums are the only way of telling: a process adds zeros where it knows nothing, which changes no bit.
+and is told the rest; what follows from the whole batch (losses, metrics) all of them compute alike. What is called here
+all processes call, in the same order. Nothing needs a process group where there is one process.
 """
 
 from __future__ import annotations
@@ -20,7 +18,6 @@ from dataclasses import dataclass
 from datetime import timedelta
 from itertools import accumulate
 from typing import Any, TypeVar
-from weakref import WeakKeyDictionary
 
 import torch
 import torch.distributed as dist
@@ -161,6 +158,11 @@ def first_alone(work: Callable[[], T]) -> T:
     return work()
 
 
+def has_lost_others(error: BaseException) -> bool:
+    """Whether an error says that another process, or the way to it, is gone."""
+    return isinstance(error, dist.DistError) or (isinstance(error, RuntimeError) and "gloo" in str(error))
+
+
 @dataclass(frozen=True)
 class Turn:
     """A piece of work that this process does: its place among all, and whether it counts."""
@@ -205,8 +207,8 @@ class _Root(nn.Module):
         return work()
 
 
-_ROOTS: WeakKeyDictionary[nn.Module, _Root] = WeakKeyDictionary()
-"""The way into each model that is sharded."""
+_ROOT = "_penchant_root"
+"""The attribute of a sharded model that is the way into it."""
 
 
 def shard(model: nn.Module, blocks: Sequence[nn.Module], device: torch.device) -> None:
@@ -224,7 +226,7 @@ def shard(model: nn.Module, blocks: Sequence[nn.Module], device: torch.device) -
         assert isinstance(unit, FSDPModule)
         unit.set_gradient_divide_factor(1.0)
         unit.set_force_sum_reduction_for_comms(True)  # gloo multiplies nothing while it sums
-    _ROOTS[model] = root
+    vars(model)[_ROOT] = root  # past what makes it a submodule: it holds the model itself
 
 
 def is_sharded(model: nn.Module) -> bool:
@@ -240,7 +242,7 @@ def plain_class(module: nn.Module) -> type[nn.Module]:
 
 def is_hook_of_shards(hook: Callable[..., Any]) -> bool:
     """Whether a hook is one of those by which FSDP2 gathers weights."""
-    return hook.__module__.startswith("torch.distributed.")
+    return str(getattr(hook, "__module__", "")).startswith("torch.distributed.")
 
 
 def within(model: nn.Module, work: Callable[[], T]) -> T:
@@ -258,19 +260,14 @@ def within(model: nn.Module, work: Callable[[], T]) -> T:
 
 def let_go(model: nn.Module) -> None:
     """Behind a pass with gradients that no backward pass follows: what is still whole of a sharded model is let go."""
-    for part in model.modules() if is_sharded(model) else ():
-        if isinstance(part, FSDPModule):
-            part.reshard()
-    root = _root_of(model)
-    if root is not None:
-        root.reshard()  # type: ignore[operator]
+    for unit in _units_of(model):
+        unit.reshard()
 
 
 @contextmanager
 def all_weights(model: nn.Module) -> Iterator[None]:
     """Within it every process holds all of a model's weights, and uses it by itself; takes the memory for them."""
-    root = _root_of(model)
-    units = [part for part in root.modules() if isinstance(part, FSDPModule)] if root is not None else []
+    units = _units_of(model)
     for unit in units:
         unit.set_reshard_after_forward(False, recurse=False)
         unit.unshard()
@@ -279,7 +276,7 @@ def all_weights(model: nn.Module) -> Iterator[None]:
     finally:
         for unit in units:
             unit.reshard()
-            unit.set_reshard_after_forward(unit is not root, recurse=False)
+            unit.set_reshard_after_forward(not isinstance(unit, _Root), recurse=False)
 
 
 def replicate_trained(model: nn.Module) -> None:
@@ -364,12 +361,13 @@ def split_as(wanted: Tensor, rows: Tensor) -> Tensor:
 
 def _root_of(model: nn.Module) -> _Root | None:
     """The way into a sharded model, which adapters may have wrapped meanwhile."""
-    return next((_ROOTS[part] for part in model.modules() if part in _ROOTS), None) if _is_joined() else None
+    return next((vars(part)[_ROOT] for part in model.modules() if _ROOT in vars(part)), None) if _is_joined() else None
 
 
-def has_lost_others(error: BaseException) -> bool:
-    """Whether an error says that another process, or the way to it, is gone."""
-    return isinstance(error, dist.DistError) or (isinstance(error, RuntimeError) and "gloo" in str(error))
+def _units_of(model: nn.Module) -> list[FSDPModule]:
+    """What of a sharded model is gathered at a time."""
+    root = _root_of(model)
+    return [] if root is None else [part for part in root.modules() if isinstance(part, FSDPModule)]
 
 
 def _is_joined() -> bool:

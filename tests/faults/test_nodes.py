@@ -16,7 +16,7 @@ import pytest
 from penchant.disk import read_json_lines
 from penchant.training.rundir import read_summary
 
-from ..training.test_distributed import assert_same_course
+from ..training.several import assert_same_course
 from .matrix import Matrix
 
 ROOT = Path(__file__).parents[2]

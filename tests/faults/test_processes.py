@@ -10,13 +10,15 @@ import sys
 import time
 from dataclasses import asdict
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from penchant.disk import is_leftover, read_json_lines
+from penchant.training.checkpoint import newest_checkpoint
 from penchant.training.rundir import read_summary
 
-from ..training.test_distributed import assert_same_course
+from ..training.several import assert_same_course, make_shelf, run_on, together, train_from_to
 from .matrix import Matrix
 from .nursery import Fault
 from .runs import Workshop
@@ -27,6 +29,12 @@ MID_STEP = Fault("penchant.scoring.policy:token_logps", 60)
 MID_SAVE = Fault("penchant.training.checkpoint:give_part", 2)
 AFTER_ITS_PART = Fault("penchant.training.checkpoint:give_part", 2, returned=True)
 HANGS = Fault("penchant.scoring.policy:token_logps", 60, signal.SIGSTOP)
+
+
+@pytest.fixture(scope="module")
+def shelf(tokenizer: Any, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with models and data."""
+    return make_shelf(tmp_path_factory.mktemp("shelf"), tokenizer)
 
 
 def under_torchrun(words: list[str], strikes: list[Fault | None], patience_s: float = 60.0) -> tuple[str, float]:
@@ -78,3 +86,22 @@ def test_processes_do_not_wait_for_ever(workshop: Workshop, matrix: Matrix, tmp_
         assert seconds < 150
         assert "has lost the others" in said
         check_survived(tmp_path / "run", whole)
+
+
+@pytest.mark.fault(14, "goes on with 4, 2, 1 and 4 processes: the same order, the same losses")
+@pytest.mark.parametrize("kind", ["paired, copy", "unpaired, adapter off"])
+def test_a_run_goes_on_with_more_or_fewer_processes(kind: str, shelf: Path, tmp_path: Path) -> None:
+    whole, moved = (run_on(shelf, kind, "prefix_shared", tmp_path / name) for name in ("whole", "moved"))
+    together(1, train_from_to, whole, None, tmp_path / "whole.jsonl", said_in=tmp_path / "said")
+    for number, last_step in ((4, 5), (2, 9), (1, 13), (4, None)):
+        together(number, train_from_to, moved, last_step, tmp_path / "moved.jsonl", said_in=tmp_path / "said")
+        checkpoint = newest_checkpoint(tmp_path / "moved" / "checkpoints", pytest.fail)
+        if last_step is not None:
+            assert checkpoint is not None
+            assert checkpoint.step == last_step
+            moments = [name for name in checkpoint.facts["files"] if name.startswith("training-")]
+            assert len(moments) == (number if number > 1 else 0)
+    drawn = [read_json_lines(tmp_path / f"{name}.jsonl") for name in ("whole", "moved")]
+    assert len(drawn[0]) == 20
+    assert drawn[0] == drawn[1]
+    assert_same_course(tmp_path / "whole", tmp_path / "moved")

@@ -2,113 +2,34 @@
 
 from __future__ import annotations
 
-import json
-import os
-import signal
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from safetensors.torch import load_file
 
-from penchant.disk import append_json_line, read_json_lines
-from penchant.training.checkpoint import newest_checkpoint
+from penchant.disk import read_json_lines
 from penchant.training.rundir import read_summary
 
 from ..conftest import make_tiny_model
-from .several import together, train_all
-from .test_run import rows, single_rows, write_rows
-
-LAYOUTS = ("padded", "packed", "prefix_shared")
-KINDS: dict[str, dict[str, Any]] = {
-    "paired, copy": {"method": "dpo", "reference": {"kind": "copy"}},
-    "paired, cached": {"method": "dpo", "reference": {"kind": "precomputed"}},
-    "paired, another model": {"method": "ipo", "reference": {"kind": "model", "model": "OTHER"}},
-    "paired, adapter off": {"method": "dpo", "lora": {"rank": 4}, "learning_rate": 1e-2},
-    "reference-free": {"method": "orpo"},
-    "unpaired, copy": {"method": "kto", "reference": {"kind": "copy"}},
-    "unpaired, adapter off": {"method": "bco", "lora": {"rank": 4}, "learning_rate": 1e-2},
-    "reward model": {"method": "reward"},
-}
+from .several import (
+    KINDS,
+    LAYOUTS,
+    assert_same_course,
+    make_shelf,
+    metrics_of,
+    run_on,
+    together,
+    train_all,
+    train_from_to,
+    weights_of,
+)
 
 
 @pytest.fixture(scope="module")
 def shelf(tokenizer: Any, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder with two models and data of very different lengths."""
-    folder = tmp_path_factory.mktemp("shelf")
-    for name, seed in (("model", 0), ("other", 1)):
-        make_tiny_model(seed=seed).save_pretrained(folder / name)
-        tokenizer.save_pretrained(folder / name)
-    long = {"prompt": "one two three " * 20, "chosen": "the cat " * 9, "rejected": "a dog"}
-    short = {"prompt": "what", "chosen": "cat", "rejected": "dog"}
-    write_rows(folder / "pairs.jsonl", [*rows(13), long, short])
-    write_rows(folder / "singles.jsonl", single_rows(15))
-    (folder / "rule.py").write_text("def score(prompt, completions):\n    return [len(text) for text in completions]\n")
-    (folder / "noting.py").write_text(
-        "import os\n\ndef score(prompt, completions):\n"
-        f"    with open({str(folder / 'asked.txt')!r}, 'a') as file:\n        print(os.getpid(), file=file)\n"
-        "    return [len(text) for text in completions]\n"
-    )
-    return folder
-
-
-def run_on(shelf: Path, kind: str, layout: str, run_dir: Path, **more: Any) -> dict[str, Any]:
-    """What `penchant.train` is given for a run of a kind."""
-    settings = json.loads(json.dumps(KINDS[kind]).replace("OTHER", str(shelf / "other")))
-    data = "singles" if kind.startswith("unpaired") else "pairs"
-    return {
-        "model": str(shelf / "model"),
-        "data": str(shelf / f"{data}.jsonl"),
-        "layout": layout,
-        "output_dir": str(run_dir),
-        "batch_size": 4,
-        "num_train_epochs": 5,
-        "eval_size": 2,
-        "num_samples": 0,
-        "logging_steps": 1,
-        "learning_rate": 1e-3,
-        "microbatch_tokens": 40,
-        "quiet": True,
-        **settings,
-        **more,
-    }
-
-
-def metrics_of(run_dir: Path) -> list[dict[str, float]]:
-    clocks = {"time_s", "tokens_per_s"}
-    records = [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text().splitlines()]
-    return [{name: value for name, value in record.items() if name not in clocks} for record in records]
-
-
-def weights_of(folder: Path) -> dict[str, torch.Tensor]:
-    weights: dict[str, torch.Tensor] = {}
-    for file in sorted(folder.glob("*model*.safetensors")):
-        weights |= load_file(file)
-    return weights
-
-
-def distance(one: Path, other: Path) -> float:
-    """Between the trained weights of two runs, relative."""
-    ours, theirs = weights_of(one / "model"), weights_of(other / "model")
-    assert ours.keys() == theirs.keys()
-    assert ours
-    off = sum((ours[name] - theirs[name]).double().square().sum() for name in ours)
-    size = sum(value.double().square().sum() for value in ours.values())
-    return float((off / size).sqrt())
-
-
-def assert_same_course(one: Path, other: Path) -> None:
-    """Both runs logged the same numbers, to 1e-5, and ended with the same weights."""
-    ours, theirs = metrics_of(one), metrics_of(other)
-    assert [record["step"] for record in ours] == [record["step"] for record in theirs]
-    for mine, its in zip(ours, theirs, strict=True):
-        assert mine.keys() == its.keys()
-        for name, value in mine.items():
-            # A correlation of rewards that are hardly more than rounding is that of the rounding.
-            within = 1e-3 if name.endswith("correlation") else 1e-5
-            assert its[name] == (None if value is None else pytest.approx(value, rel=within, abs=within)), (name, mine)
-    assert distance(one, other) < 1e-5
+    """A folder with models and data."""
+    return make_shelf(tmp_path_factory.mktemp("shelf"), tokenizer)
 
 
 def cases(full: bool) -> list[tuple[str, str]]:
@@ -252,28 +173,6 @@ def test_models_of_all_kinds_are_shared_out(shelf: Path, tokenizer: Any, tmp_pat
         assert len(read_json_lines(tmp_path / "3" / name / "samples.jsonl")) == 2
 
 
-def train_from_to(run: dict[str, Any], last_step: int | None, drawn: Path) -> None:
-    """Trains until somebody sends the last process a SIGTERM behind a step; notes what is drawn."""
-    import penchant
-    from penchant import distributed
-    from penchant.training.loop import Training
-
-    take_step = Training._step
-
-    def noting(training: Training, draw: Any) -> str:
-        said = take_step(training, draw)
-        me = distributed.world()
-        if me.is_first:
-            append_json_line(drawn, {"drawn": [example.index for example in draw.examples]})
-        if training.progress.step == last_step and me.rank == me.size - 1:
-            os.kill(os.getpid(), signal.SIGTERM)
-        return said
-
-    Training._step = noting  # type: ignore[method-assign]
-    result = penchant.train(**run)
-    assert result.summary["status"] == ("finished" if last_step is None else "interrupted")
-
-
 def test_a_run_that_samples_goes_on_with_fewer_processes(shelf: Path, tmp_path: Path) -> None:
     whole, moved = (sampled_run(shelf, "grpo", tmp_path / name) for name in ("whole", "moved"))
     together(1, train_from_to, whole, None, tmp_path / "whole.jsonl", said_in=tmp_path / "said")
@@ -281,24 +180,6 @@ def test_a_run_that_samples_goes_on_with_fewer_processes(shelf: Path, tmp_path: 
     together(2, train_from_to, moved, None, tmp_path / "moved.jsonl", said_in=tmp_path / "said")
     drawn = [read_json_lines(tmp_path / f"{name}.jsonl") for name in ("whole", "moved")]
     assert len(drawn[0]) > 3
-    assert drawn[0] == drawn[1]
-    assert_same_course(tmp_path / "whole", tmp_path / "moved")
-
-
-@pytest.mark.parametrize("kind", ["paired, copy", "unpaired, adapter off"])
-def test_a_run_goes_on_with_more_or_fewer_processes(kind: str, shelf: Path, tmp_path: Path) -> None:
-    whole, moved = (run_on(shelf, kind, "prefix_shared", tmp_path / name) for name in ("whole", "moved"))
-    together(1, train_from_to, whole, None, tmp_path / "whole.jsonl", said_in=tmp_path / "said")
-    for number, last_step in ((4, 5), (2, 9), (1, 13), (4, None)):
-        together(number, train_from_to, moved, last_step, tmp_path / "moved.jsonl", said_in=tmp_path / "said")
-        checkpoint = newest_checkpoint(tmp_path / "moved" / "checkpoints", pytest.fail)
-        if last_step is not None:
-            assert checkpoint is not None
-            assert checkpoint.step == last_step
-            moments = [name for name in checkpoint.facts["files"] if name.startswith("training-")]
-            assert len(moments) == (number if number > 1 else 0)
-    drawn = [read_json_lines(tmp_path / f"{name}.jsonl") for name in ("whole", "moved")]
-    assert len(drawn[0]) == 20
     assert drawn[0] == drawn[1]
     assert_same_course(tmp_path / "whole", tmp_path / "moved")
 
