@@ -32,7 +32,14 @@ _UNITS = {"": 1, "MB": 10**6, "GB": 10**9, "TB": 10**12, "MIB": 2**20, "GIB": 2*
 
 def add_verbs(verb: Verb) -> None:
     """The verbs of this file."""
-    plan = verb("plan", _plan, "Say what memory and time a run takes in one or many processes.", epilog=_EPILOG)
+    plan = verb(
+        "plan",
+        _plan,
+        "Say what memory and time a run takes in one or many processes.",
+        usage="penchant plan [RUN.yaml | RECIPE] [--gpus N | --processes N] [--memory SIZE] [--tokens-per-s X | --like "
+        "RUN_DIR] [--json] [--KEY VALUE ...]",
+        epilog=_EPILOG,
+    )
     plan.add_argument("run_file", nargs="?", metavar="RUN.yaml", help="run file or recipe; options on the line win")
     number = plan.add_mutually_exclusive_group()
     number.add_argument(
@@ -73,6 +80,8 @@ def _plan(options: argparse.Namespace) -> int:
 
 
 def _show(plans: list[Plan], device: str, precision: str, memory: int | None, rate: float | None) -> None:
+    from penchant.training.logger import duration
+
     last = plans[-1]
     trained = "all" if last.num_trained == last.num_parameters else f"{last.num_trained / 1e6:,.1f}M"
     print(f"model      {last.num_parameters / 1e6:,.1f}M parameters, {trained} trained; {precision} on {device}")
@@ -80,13 +89,13 @@ def _show(plans: list[Plan], device: str, precision: str, memory: int | None, ra
     names = list(dict.fromkeys(name for one in plans for name in one.memory))
     width = max(map(len, [*names, "processes"]))
     print("\nGiB a process at its peak")
-    print("  ".join([f"{'processes':{width}}", *(f"{one.processes:>8}" for one in plans)]))
+    print("  ".join([f"{'processes':{width}}", *(f"{one.processes:>11}" for one in plans)]))
     for name in names:
-        print("  ".join([f"{name:{width}}", *(f"{one.memory.get(name, 0) / 2**30:8.2f}" for one in plans)]))
-    print("  ".join([f"{'all':{width}}", *(f"{one.memory_bytes / 2**30:8.2f}" for one in plans)]))
+        print("  ".join([f"{name:{width}}", *(f"{one.memory.get(name, 0) / 2**30:11.2f}" for one in plans)]))
+    print("  ".join([f"{'all':{width}}", *(f"{one.memory_bytes / 2**30:11.2f}" for one in plans)]))
     if rate:
-        hours = [one.tokens / (rate * one.processes) / 3600 for one in plans]
-        print("  ".join([f"{'hours':{width}}", *(f"{own:8.2f}" for own in hours)]))
+        times = [duration(one.tokens / (rate * one.processes)) for one in plans]
+        print("  ".join([f"{'time':{width}}", *(f"{own:>11}" for own in times)]))
     if memory is not None:
         fitting = [one.processes for one in plans if one.memory_bytes <= memory]
         room = f"{memory / 2**30:.1f} GiB a process"
@@ -95,7 +104,8 @@ def _show(plans: list[Plan], device: str, precision: str, memory: int | None, ra
 
 def _verdict(fitting: list[int], last: Plan) -> str:
     if last.processes in fitting:
-        return f"enough for {last.processes}" + (f", and for {fitting[0]}" if fitting[0] != last.processes else "")
+        fewer = f"; {fitting[0]} would do" if fitting[0] != last.processes else ""
+        return f"enough for {last.processes}{fewer}"
     largest = max(last.memory, key=lambda name: last.memory[name])
     mend = {
         "activations": "gradient_checkpointing: true, or a smaller microbatch_tokens, takes less",

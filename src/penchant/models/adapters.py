@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 
@@ -25,7 +26,9 @@ def add_lora(model: nn.Module, rank: int, alpha: int, target_modules: str | list
     task = "SEQ_CLS" if hasattr(model, "score") else "CAUSAL_LM"
     config = LoraConfig(r=rank, lora_alpha=alpha, lora_dropout=0.0, target_modules=target_modules, task_type=task)
     try:
-        return get_peft_model(model, config)
+        with warnings.catch_warnings():  # peft asks transformers by a name that has changed
+            warnings.filterwarnings("ignore", "`is_gradient_checkpointing`", FutureWarning)
+            return get_peft_model(model, config)
     except ValueError as error:
         raise UserError(f"lora.target_modules: {' '.join(str(error).split())[:300]}") from error
 
