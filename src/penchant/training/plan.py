@@ -132,7 +132,7 @@ def _kept_between_steps(
     all_bytes = sum(parameter.nbytes for parameter in model.parameters())
     own, split = sum(parameter.nbytes for parameter in trained), 1 if config.lora.rank else processes
     frozen = all_bytes - own
-    kind = reference_kind_of(config, build_loss(config.loss_settings()))
+    kind = reference_kind_of(config, is_used="reference" in build_loss(config.loss_settings()).needs)
     return {
         "weights": frozen // processes + own // split,
         "gradients": own // split,

@@ -76,7 +76,7 @@ class Setup:
     @property
     def reference_kind(self) -> str:
         """The kind of reference with `auto` resolved; `none` where the run needs none."""
-        return reference_kind_of(self.config, self.loss)
+        return reference_kind_of(self.config, self.uses_reference)
 
     def draws(self, start_step: int = 0) -> Iterator[loader.Draw]:
         """The optimizer batches of the run behind its first `start_step`, without end."""
@@ -126,9 +126,9 @@ class Setup:
         return texts[example.index].source
 
 
-def reference_kind_of(config: RunConfig, loss: Loss) -> str:
+def reference_kind_of(config: RunConfig, is_used: bool) -> str:
     """The kind of reference with `auto` resolved; `none` where the run needs none."""
-    if "reference" not in loss.needs:
+    if not is_used:
         return "none"
     if config.reference.kind != "auto":
         return config.reference.kind
