@@ -86,6 +86,7 @@ def make_shelf(folder: Path, tokenizer: Any) -> Path:
     long = {"prompt": "one two three " * 20, "chosen": "the cat " * 9, "rejected": "a dog"}
     short = {"prompt": "what", "chosen": "cat", "rejected": "dog"}
     write_rows(folder / "pairs.jsonl", [*rows(13), long, short])
+    write_rows(folder / "others.jsonl", rows(15, seed=9))
     write_rows(folder / "singles.jsonl", single_rows(15))
     (folder / "rule.py").write_text("def score(prompt, completions):\n    return [len(text) for text in completions]\n")
     (folder / "noting.py").write_text(

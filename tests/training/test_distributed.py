@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 from typing import Any
 
@@ -214,3 +215,56 @@ def test_what_several_processes_cannot_do_is_said(
     with pytest.raises(AssertionError, match=reason):
         together(2, train_all, [run], said_in=tmp_path / "said")
     assert not (tmp_path / "run").exists()
+
+
+def be_refused(run: dict[str, Any], apart: str, reason: str) -> None:
+    """The last process is not like the first one; both say so, and nothing is trained."""
+    import penchant
+    from penchant.errors import UserError
+    from penchant.training import together as settling
+
+    if os.environ["RANK"] == "1":
+        match apart:
+            case "versions":
+                settling.version = lambda package: "0.0"  # type: ignore[attr-defined]
+            case "data":
+                run = {**run, "data": str(Path(run["model"]).parent / "others.jsonl")}
+            case "disk":
+                os.chdir("/")
+    settling._SECONDS_FOR_A_SHARED_DISK = 0.5
+    with pytest.raises(UserError, match=reason):
+        penchant.train(**run)
+
+
+@pytest.mark.parametrize(
+    ("apart", "reason"),
+    [
+        ("versions", "process 1 has penchant 0.0 .the first"),
+        ("data", "process 1 reads something else than the first: .*data"),
+        ("disk", "process 1 does not see output_dir"),
+    ],
+)
+def test_processes_that_are_not_alike_are_refused(apart: str, reason: str, shelf: Path, tmp_path: Path) -> None:
+    here = Path.cwd()
+    os.chdir(tmp_path)
+    try:
+        run = run_on(shelf, "reference-free", "padded", Path("run"))
+        together(2, be_refused, run, apart, reason, said_in=tmp_path / "said")
+    finally:
+        os.chdir(here)
+    assert not list(tmp_path.glob("run/model"))
+
+
+def finish_again(run: dict[str, Any], reason: str) -> None:
+    """What the first process alone finds wrong is an error in all of them."""
+    import penchant
+    from penchant.errors import UserError
+
+    penchant.train(**run)
+    with pytest.raises(UserError, match=reason):
+        penchant.train(**run)
+
+
+def test_what_the_first_process_refuses_all_refuse(shelf: Path, tmp_path: Path) -> None:
+    run = run_on(shelf, "reference-free", "padded", tmp_path / "run", num_train_epochs=1)
+    together(2, finish_again, run, "holds a finished run", said_in=tmp_path / "said")
