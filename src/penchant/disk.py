@@ -9,6 +9,7 @@ from __future__ import annotations
 import errno
 import hashlib
 import json
+import math
 import os
 import re
 import shutil
@@ -151,6 +152,8 @@ class Part:
     number: int = 0
     of: int = 1
     word: str = ""
+    until: float = math.inf
+    """How long the first one waits for the others, by `time.monotonic()`."""
 
 
 ALONE = Part()
@@ -162,11 +165,13 @@ def new_folder(folder: Path, part: Part = ALONE) -> Iterator[Path]:
     """A hidden folder to fill. When the block has ended well it is forced to the disk and becomes `folder`.
 
     A folder that was there before is replaced. When the block fails nothing is left behind. Of several processes that
-    fill it together this is for the first; the others `give_part`, and it does `take_parts`.
+    fill it together this is for the first, behind `begin_together`; the others `give_part`, and it does `take_parts`.
     """
     make_folder(folder.parent)
     unfinished = _hidden(folder, part.word)
-    unfinished.mkdir(exist_ok=part.of > 1)
+    if part.of == 1:
+        unfinished.mkdir()
+    _refuse_missing(unfinished)
     try:
         with _system_errors():
             yield unfinished
@@ -182,6 +187,11 @@ def new_folder(folder: Path, part: Part = ALONE) -> Iterator[Path]:
     sync(folder.parent)
 
 
+def begin_together(folder: Path, word: str) -> None:
+    """Makes the hidden folder that several processes will fill, before any of them begins: who fails takes it away."""
+    make_folder(_hidden(folder, word))
+
+
 def give_part(folder: Path, part: Part, fill: Callable[[Path], None]) -> None:
     """What all but the first of several processes do for a `new_folder`: each fills one of its own within.
 
@@ -189,6 +199,7 @@ def give_part(folder: Path, part: Part, fill: Callable[[Path], None]) -> None:
     """
     together = _hidden(folder, part.word)
     unfinished = together / f".unfinished-{part.number}"
+    _refuse_missing(together)
     try:
         make_folder(unfinished)
         with _system_errors():
@@ -202,23 +213,27 @@ def give_part(folder: Path, part: Part, fill: Callable[[Path], None]) -> None:
         raise
 
 
-def take_parts(unfinished: Path, part: Part, may_wait: Callable[[], bool]) -> None:
+def take_parts(unfinished: Path, part: Part, may_wait: Callable[[], bool] = lambda: True) -> None:
     """Waits for the parts of the other processes, and moves their files to those of the first.
 
     Raises:
-        OSError: one of them failed, or `may_wait()` says that it has been waited long enough.
+        OSError: one of them failed, or it has been waited long enough, as `part` or `may_wait()` say.
     """
     for number in range(1, part.of):
         given = unfinished / f".part-{number}"
         while not given.exists():
-            if not unfinished.exists():
-                raise OSError(errno.EIO, "another process could not write its part")
-            if not may_wait():
+            _refuse_missing(unfinished)
+            if time.monotonic() > part.until or not may_wait():
                 raise OSError(errno.ETIMEDOUT, f"process {number} has not written its part")
             time.sleep(0.01)
         for path in given.iterdir():
             os.rename(path, unfinished / path.name)
         given.rmdir()
+
+
+def _refuse_missing(together: Path) -> None:
+    if not together.exists():
+        raise OSError(errno.EIO, "another process could not write its part")
 
 
 def make_folder(folder: Path) -> None:

@@ -11,12 +11,14 @@ from __future__ import annotations
 
 import itertools
 import os
+import time
 import uuid
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from datetime import timedelta
 from itertools import accumulate
+from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
@@ -28,7 +30,7 @@ from torch.distributed.fsdp import FSDPModule, fully_shard
 from torch.distributed.rendezvous import rendezvous
 from torch.distributed.tensor import DTensor
 
-from penchant.disk import ALONE, Part
+from penchant.disk import ALONE, Part, begin_together
 from penchant.errors import UserError
 
 T = TypeVar("T")
@@ -101,9 +103,16 @@ def sum_of(values: Tensor) -> Tensor:
     return values
 
 
-def part_of_all() -> Part:
+def part_of_all(folder: Path) -> Part:
     """This process's part in filling a folder, under a word that all agree on; they ask together."""
-    return Part(world().rank, world().size, told_by_first(uuid.uuid4().hex[:8])) if _is_joined() else ALONE
+    if not _is_joined():
+        return ALONE
+    word = uuid.uuid4().hex[:8]
+    if world().is_first:
+        with suppress(OSError):  # whoever is to fill it will find that it is not there
+            begin_together(folder, word)
+    until = time.monotonic() + PATIENCE.total_seconds()
+    return Part(world().rank, world().size, told_by_first(word), until)
 
 
 def any_of(flags: Sequence[bool], device: torch.device) -> list[bool]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -162,13 +162,10 @@ def write_share(model: Any, weights: Share, folder: Path) -> None:
             model.generation_config.save_pretrained(folder)
 
 
-def save_model(
-    model: Any, tokenizer: Any, folder: Path, part: Part = ALONE, may_wait: Callable[[], bool] = lambda: True
-) -> None:
+def save_model(model: Any, tokenizer: Any, folder: Path, part: Part = ALONE) -> None:
     """Writes model (or peft adapter) and tokenizer so that transformers (or peft) loads them; safetensors only.
 
-    The folder appears whole or not at all. Several processes do it together, each with its `part`; the first waits for
-    the others while `may_wait()`.
+    The folder appears whole or not at all. Several processes do it together, each with its `part`.
     """
     weights = share_of_weights(model, copy=False, among=part.of)
 
@@ -182,7 +179,7 @@ def save_model(
         return
     with new_folder(folder, part) as unfinished:
         fill(unfinished)
-        take_parts(unfinished, part, may_wait)
+        take_parts(unfinished, part)
 
 
 def write_model(model: Any, tokenizer: Any, folder: Path, weights: Share) -> None:

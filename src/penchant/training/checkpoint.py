@@ -52,6 +52,11 @@ class DamagedError(Exception):
     """Why a folder is no whole checkpoint."""
 
 
+def place_of(folder: Path, step: int) -> Path:
+    """Where the checkpoint of a step is, or will be."""
+    return folder / f"step-{step}"
+
+
 def write_checkpoint(
     folder: Path,
     step: int,
@@ -68,7 +73,7 @@ def write_checkpoint(
     Raises:
         OSError: the disk is full or fails; then there is no such checkpoint, and the others are as they were.
     """
-    place = folder / f"step-{step}"
+    place = place_of(folder, step)
 
     def fill_and_list(own: Path) -> None:
         fill(own)

@@ -20,7 +20,7 @@ from penchant.scoring.metrics import Means
 from penchant.scoring.reference import Reference
 from penchant.training import hardware
 from penchant.training.answers import HeldoutAnswers
-from penchant.training.checkpoint import Checkpoint, Writer, rotate, write_checkpoint
+from penchant.training.checkpoint import Checkpoint, Writer, place_of, rotate, write_checkpoint
 from penchant.training.judgements import write_judgements
 from penchant.training.logger import RunLog, one_line
 from penchant.training.online import OnlineSetup
@@ -184,7 +184,7 @@ class Training:
         snapshot = take_snapshot(policy, self.optimizer, facts, copy=in_background)
         step, best, folder = progress.step, progress.best_step if config.save_best else None, self.checkpoints
         told = {"versions": self.extras.get("versions", {}), "processes": distributed.world().size}
-        part, may_wait = distributed.part_of_all(), self._writer.may_wait
+        part, may_wait = distributed.part_of_all(place_of(folder, step)), self._writer.may_wait
 
         def write() -> None:
             write_checkpoint(folder, step, told, snapshot.write, part, may_wait)
@@ -338,7 +338,7 @@ class Training:
                 raise stopping.StopRequested(signum or signal.SIGTERM)
 
     def hurry(self) -> None:
-        """Behind an error: other processes may be gone, so nothing waits for them any more."""
+        """Behind an error: other processes may be gone, so nothing waits for them longer than some seconds."""
         self._writer.hurry()
 
     def finish_writing(self) -> None:

@@ -152,7 +152,7 @@ class Session:
         try:
             # Judges and servers read no adapters of reward models.
             model = policy.merged() if isinstance(policy, RewardLearner) else policy.model
-            save_model(model, policy.tokenizer, place, distributed.part_of_all())
+            save_model(model, policy.tokenizer, place, distributed.part_of_all(place))
         except OSError as error:
             raise UserError(
                 f"output_dir: the trained model could not be written to '{place}' ({error.strerror or error}). Make "
