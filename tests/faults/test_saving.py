@@ -613,5 +613,5 @@ def test_a_start_that_dies_at_any_operation_is_begun_again_by_the_same_command(
             is_dead = dies_at(number, tmp_path / "run", functools.partial(begins, words))
             with matrix.trial(2, "dies at an operation before the first step"):
                 begins(words)
-            number += 1 if full else 11
-        assert number > 12
+            number += 1 if full else 17
+        assert number > 18
