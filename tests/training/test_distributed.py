@@ -221,12 +221,13 @@ def be_refused(run: dict[str, Any], apart: str, reason: str) -> None:
     """The last process is not like the first one; both say so, and nothing is trained."""
     import penchant
     from penchant.errors import UserError
+    from penchant.training import hardware
     from penchant.training import together as settling
 
     if os.environ["RANK"] == "1":
         match apart:
             case "versions":
-                settling.version = lambda package: "0.0"  # type: ignore[attr-defined]
+                hardware.version = lambda package: "0.0"  # type: ignore[attr-defined]
             case "data":
                 run = {**run, "data": str(Path(run["model"]).parent / "others.jsonl")}
             case "disk":
@@ -268,3 +269,4 @@ def finish_again(run: dict[str, Any], reason: str) -> None:
 def test_what_the_first_process_refuses_all_refuse(shelf: Path, tmp_path: Path) -> None:
     run = run_on(shelf, "reference-free", "padded", tmp_path / "run", num_train_epochs=1)
     together(2, finish_again, run, "holds a finished run", said_in=tmp_path / "said")
+    assert read_summary(tmp_path / "run")["status"] == "finished"

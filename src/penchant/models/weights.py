@@ -66,11 +66,9 @@ def fit(files: TensorFiles, model: nn.Module) -> bool:
     Of weights that are tied one name suffices. Newer transformers may also store weights otherwise than it uses them,
     an expert at a time.
     """
-    shapes = {name: files.shape(name) for name in files.names}
-    found = all(
-        any(shapes.get(name) == tuple(tensor.shape) for name in names) for names, tensor in _tensors(model).values()
-    )
-    known = {name for names, _ in _tensors(model).values() for name in names}
+    shapes, wanted = {name: files.shape(name) for name in files.names}, _tensors(model).values()
+    found = all(any(shapes.get(name) == tuple(tensor.shape) for name in names) for names, tensor in wanted)
+    known = {name for names, _ in wanted for name in names}
     return found and shapes.keys() <= known
 
 

@@ -7,6 +7,7 @@ import os
 import platform
 import re
 import resource
+from importlib.metadata import version
 from pathlib import Path
 
 import torch
@@ -17,6 +18,12 @@ from penchant.scoring.policy import Precision
 _STATUS, _CLEAR_REFS = Path("/proc/self/status"), Path("/proc/self/clear_refs")
 _MEMINFO = Path("/proc/meminfo")
 _M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3  # of malloc.h
+
+
+def versions_in_use() -> dict[str, str]:
+    """Of Python and of the packages that numbers depend on."""
+    packages = ("penchant", "torch", "transformers", "peft", "tokenizers")
+    return {"python": platform.python_version(), **{package: version(package) for package in packages}}
 
 
 def resolve_device(name: str) -> torch.device:

@@ -32,7 +32,7 @@ from penchant.training.estimate import held_bytes
 from penchant.training.logger import RunLog
 from penchant.training.optim import trainable_parameters
 from penchant.training.schedule import num_steps
-from penchant.training.setup import reference_kind_of
+from penchant.training.setup import reference_kind_of, tokens_at_once
 from penchant.training.source import DataSource
 from penchant.types import Batch, TokenizedExample
 
@@ -103,7 +103,7 @@ def _plan_for(
     parts = [
         part
         for draw in drawn
-        for part in layout.parts(draw.examples, min(most, -(-layout.cost(draw.examples) // processes)))
+        for part in layout.parts(draw.examples, tokens_at_once(layout, draw.examples, most, processes))
     ]
     largest = max(parts, key=layout.cost)
     batch = layout.collate(largest)
@@ -150,13 +150,12 @@ def _held_in_a_step(
     if processes == 1:
         return {"activations": activations, "head": 2 * head}
     blocks = [sum(parameter.nbytes for parameter in block.parameters()) for block in layers_of(policy.model)]
-    ids = {id(parameter) for parameter in trained}
-    trains_all = all(id(parameter) in ids for parameter in policy.model.parameters())
-    rest = sum(parameter.nbytes for parameter in policy.model.parameters()) - sum(blocks)
+    every = list(policy.model.parameters())
+    rest = sum(parameter.nbytes for parameter in every) - sum(blocks)
     block = max(blocks, default=0)
     # What is outside of the blocks stays whole from forward to backward; of the blocks one is at work, one is fetched.
     # A unit's gradient is whole before it is summed, for which it is copied.
-    gradients = rest + block + max(rest, block) if trains_all else 0
+    gradients = rest + block + max(rest, block) if len(trained) == len(every) else 0
     return {"activations": activations, "head": 2 * head, "gathered": rest + 2 * block + gradients}
 
 

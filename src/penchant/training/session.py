@@ -3,11 +3,9 @@
 from __future__ import annotations
 
 import inspect
-import platform
 import time
 from contextlib import suppress
 from datetime import UTC, datetime
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -221,7 +219,6 @@ def _answers(setup: Setup, prompts: list[Text], log: RunLog, when: str) -> list[
 def first_summary(setup: Setup) -> dict[str, Any]:
     """What is known of a run before its first step."""
     config, policy = setup.config, setup.policy
-    packages = ("penchant", "torch", "transformers", "peft", "tokenizers")
     return {
         "status": "running",
         "started": datetime.now(UTC).isoformat(timespec="seconds"),
@@ -245,10 +242,7 @@ def first_summary(setup: Setup) -> dict[str, Any]:
         "examples_seen": 0,
         "working_directory": str(Path.cwd()),
         "processes": distributed.world().size,
-        "versions": {
-            "python": platform.python_version(),
-            **{package: version(package) for package in packages},
-        },
+        "versions": hardware.versions_in_use(),
     }
 
 

@@ -96,9 +96,7 @@ class Setup:
         return "prompts" in self.loss.needs
 
     def _at_once(self, examples: Sequence[TokenizedExample], most: int) -> int:
-        """Tokens computed at once: no more than leave a part for every process."""
-        share = -(-self.layout.cost(examples) // distributed.world().size) if examples else most
-        return min(most, share)
+        return tokens_at_once(self.layout, examples, most, distributed.world().size)
 
     def visited(self) -> tuple[Sequence[TokenizedExample], list[TokenizedExample]]:
         """The training examples that the run's steps will see, each once, and the mismatched ones of all steps."""
@@ -124,6 +122,11 @@ class Setup:
         """The row that an example comes from."""
         texts = self.datasets.train.texts
         return texts[example.index].source
+
+
+def tokens_at_once(layout: Layout, examples: Sequence[TokenizedExample], most: int, processes: int) -> int:
+    """Tokens of a batch that are computed at once: no more than leave a part for every process."""
+    return min(most, -(-layout.cost(examples) // processes)) if examples else most
 
 
 def reference_kind_of(config: RunConfig, is_used: bool) -> str:

@@ -2,16 +2,15 @@
 
 from __future__ import annotations
 
-import platform
 import shutil
 import time
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 from penchant import distributed
 from penchant.errors import UserError
 from penchant.scoring.reward import RewardLearner
+from penchant.training import hardware
 from penchant.training.answers import ANSWERS
 from penchant.training.rounds import ROUNDS
 from penchant.training.setup import Setup
@@ -26,8 +25,7 @@ def refuse_other_versions() -> None:
     Raises:
         UserError: in all of them, naming the process and the package.
     """
-    packages = ("penchant", "torch", "transformers", "peft", "tokenizers")
-    own = {"python": platform.python_version(), **{package: version(package) for package in packages}}
+    own = hardware.versions_in_use()
     differing = [f"{name} {own[name]} (the first {there})" for name, there in _first(own).items() if own[name] != there]
     _raise_if_any(f"has {', '.join(differing)}; install the same everywhere" if differing else None)
 
